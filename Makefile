@@ -1,0 +1,142 @@
+# Every target that needs the environment makes .venv by itself, once. `make help` lists them.
+#
+#   PYTHON=python3.12      the interpreter to use (default: the first of python3.13 3.12 3.11 python3 that fits)
+#   TORCH_VERSION=2.13.0   the torch to install: the CPU build on Linux without an NVIDIA GPU, else the default one
+#   STEPS=40               a shorter quickstart         RUN=name   a fresh run beside runs/quickstart
+#   ARGS="key=value ..."   more run config overrides for the quickstart, or more options for pytest
+
+SHELL := bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?=
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+RUN ?= quickstart
+STEPS ?=
+ARGS ?=
+PROMPT ?= The
+
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip -qq --no-input --disable-pip-version-check --log $(VENV)/pip.log install --progress-bar off
+GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+CPU_ONLY = $(and $(filter Linux,$(shell uname -s)),$(filter 0,$(GPUS)))
+TORCH = torch==$(TORCH_VERSION)$(if $(CPU_ONLY),+cpu)
+RANKS = $(if $(filter 1,$(GPUS)),1,2)
+STARTED := $(VENV)/.started
+READY := $(VENV)/.ready
+
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: help
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+# One phase of the set-up: what it does and how long it took on one line; pip's own words only if it fails. While it
+# runs, .started holds its process id: found later without that process, it tells that a set-up was killed half-way.
+define phase
+@echo $$$$ > $(STARTED); printf 'setup: %s ... ' "$(1)"; start=$$SECONDS; \
+if ! { $(2); }; then rm -f $(STARTED); echo "failed"; echo "setup: $(3) (log: $(VENV)/pip.log)" >&2; exit 1; fi; \
+rm -f $(STARTED); echo "$$((SECONDS - start)) s"
+endef
+
+.PHONY: setup
+setup: $(READY) ## make .venv with everything in it (the CPU build of torch where there is no NVIDIA GPU)
+
+ifneq ($(wildcard $(STARTED)),) # a killed set-up: start again
+$(VENV)/.python: FORCE
+endif
+FORCE:
+
+comma := ,
+
+$(VENV)/.python:
+	@if kill -0 "$$(cat $(STARTED) 2>/dev/null)" 2>/dev/null; then \
+	  echo "setup: another make is setting up $(VENV); wait for it to end" >&2; exit 1; fi; \
+	found=; without_venv=; \
+	for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then found=$$python; break; fi; \
+	  without_venv=$$python; \
+	done; \
+	if [ -z "$$found" ] && [ -n "$$without_venv" ]; then \
+	  echo "setup: $$without_venv has no venv module. Fix: apt install $${without_venv##*/}-venv" >&2; exit 1; fi; \
+	if [ -z "$$found" ]; then \
+	  echo "setup: $(if $(PYTHON),PYTHON=$(PYTHON) is not,there is no) Python 3.11 or later." \
+	    "Fix: apt install python3 python3-venv$(comma) or set PYTHON=/path/to/python" >&2; exit 1; fi; \
+	command -v g++ > /dev/null || \
+	  echo "setup: there is no g++$(comma) which some of DeepSpeed's kernels need. Fix: apt install g++" >&2; \
+	echo "setup: $$("$$found" --version) in $(VENV)"; \
+	"$$found" -m venv --clear $(VENV) && touch $@
+
+# A plain `torch` would bring gigabytes of CUDA along on Linux: without a GPU only the +cpu build is ever asked for, first
+# in the indexes that pip already knows (a mirror, a wheel folder), then in the one that PyTorch publishes it in.
+BRIEF = $(PIP) --retries 1 --timeout 15
+CPU_TORCH = $(BRIEF) '$(TORCH)' 2>/dev/null || $(BRIEF) --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)'
+INSTALL_TORCH = $(if $(CPU_ONLY),$(CPU_TORCH),$(PIP) '$(TORCH)')
+NO_TORCH = pip found no $(TORCH)$(if $(CPU_ONLY), in its own indexes or at $(TORCH_CPU_INDEX)). \
+  Fix: connect to the network, or set TORCH_VERSION$(if $(CPU_ONLY), or TORCH_CPU_INDEX)
+
+$(VENV)/.torch-$(TORCH_VERSION): $(VENV)/.python
+	$(call phase,installing $(TORCH),$(INSTALL_TORCH),$(NO_TORCH))
+	@touch $@
+
+INSTALL_BIGTFM = $(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev,hf]'
+NO_BIGTFM = pip could not install bigtfm (see above). Fix: connect to the network, then run it again
+
+$(READY): pyproject.toml $(VENV)/.torch-$(TORCH_VERSION)
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	  > $(VENV)/constraints.txt
+	$(call phase,installing bigtfm and what it needs,$(INSTALL_BIGTFM),$(NO_BIGTFM))
+	@touch $@
+
+# --- using it --------------------------------------------------------------------------------------------------------
+
+.PHONY: quickstart
+quickstart: setup ## train a small GPT with DeepSpeed ZeRO-2 on the embedded text, then let it write
+	@if [ -d runs/$(RUN) ]; then echo "runs/$(RUN) exists: going on with it (RUN=name starts a fresh run)"; fi
+	@[ -d data/quickstart ] || $(BIN)/bigtfm prepare --out data/quickstart
+	@port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$port launch/train.py \
+	  --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml \
+	  run.name=$(RUN) $(if $(STEPS),run.steps=$(STEPS)) $(ARGS)
+	@$(BIN)/bigtfm generate --run runs/$(RUN) --prompt "$(PROMPT)"
+
+.PHONY: ui
+ui: setup ## open MLflow on the local runs: http://127.0.0.1:5000
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+# --- working on it ---------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: setup ## the whole test suite (GPU tests: make gputest)
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+.PHONY: gputest
+gputest: setup ## the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+.PHONY: check
+check: setup ## format, lint, types, import layers and the fast tests
+	@$(BIN)/ruff format --check --quiet . || { echo "Fix: make format" >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q -m "not slow and not launcher and not gpu" $(ARGS)
+
+.PHONY: format
+format: setup ## format the code and mend what ruff can mend
+	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --fix --quiet .
+
+.PHONY: bench
+bench: setup ## the benchmarks that run on this machine
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+.PHONY: clean
+clean: ## remove .venv and caches; runs, data and the MLflow store stay
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find bigtfm tests launch benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The only place that imports deepspeed: process group, engine, checkpoints."""

@@ -1,0 +1,133 @@
+"""From a model's constructor and the user's DeepSpeed JSON to a DeepSpeed engine.
+
+Everything that DeepSpeed has to be told beyond the user's file is decided here, on a copy of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from bigtfm.config.problems import ConfigProblem
+from bigtfm.engine import schedules
+from bigtfm.model.transformer import init_weights
+
+OWN_SCHEDULES = {"InverseSquareRoot", "WSD", "ReduceOnPlateau"}
+
+
+def build_engine(
+    make_model: Callable[[], nn.Module], config: dict[str, Any], *, recompute: str | int = "none"
+) -> deepspeed.DeepSpeedEngine:
+    """Model, optimizer and schedule under ZeRO, as `config` (a resolved DeepSpeed JSON, left as it is) says.
+
+    The initial weights are the same at every stage and world size: each is a function of the seed and its name.
+
+    Raises:
+        ConfigProblem: the accelerator lacks the precision that the JSON asks for.
+    """
+    config = copy.deepcopy(config)  # initialize() pops from and merges into what it is given
+    on_cpu = get_accelerator().device_name() == "cpu"
+    _require_precision(config)
+    zero = config.setdefault("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage == 3 and recompute == "selective":
+        # Stage 3's own F.linear adds the bias in place into the product that selective recomputation saved.
+        zero.setdefault("memory_efficient_linear", False)
+    schedule = _own_schedule(config)
+    kind, weight_decay = config["optimizer"]["type"], config["optimizer"]["params"].get("weight_decay", 0.0)
+    optimizer = _own_optimizer(config, on_cpu)
+
+    with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config)) if stage == 3 else nullcontext():
+        model = make_model()
+    init_weights(model, gather=_gather if stage == 3 else nullcontext)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=_groups(model, kind, weight_decay),
+        optimizer=optimizer,
+        config=config,
+    )
+    if schedule is not None:  # bound late: at stages 1 and 2 DeepSpeed replaces a torch Adagrad by a new one
+        engine.lr_scheduler = schedule(engine.optimizer)
+    return engine
+
+
+def _gather(parameter: nn.Parameter) -> Any:
+    """All of a ZeRO-3 parameter while it is filled; rank 0's values reach the others."""
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def _require_precision(config: dict[str, Any]) -> None:
+    accelerator = get_accelerator()
+    for key, supported in (("fp16", accelerator.is_fp16_supported), ("bf16", accelerator.is_bf16_supported)):
+        if config.get(key, {}).get("enabled") and not supported():
+            raise ConfigProblem(
+                f"{key} is not supported on this device ({accelerator.device_name()})",
+                where=f"DeepSpeed JSON: {key}.enabled",
+                fix="use a bf16 or fp32 JSON, for example ds_configs/zero2_fp32.json",
+            )
+
+
+def _groups(model: nn.Module, kind: str, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for the matrices; none for the vectors (norms, biases)."""
+    if kind.lower() == "adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
+        return [{"params": list(model.parameters())}]
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        (matrices if _dimensions(parameter) >= 2 else vectors).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # a ZeRO-3 parameter is flat
+
+
+def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.Optimizer] | None:
+    """On a CPU, DeepSpeed compiles its Adam for minutes and has no Lamb or Lion: maintained torch code stands in."""
+    if not on_cpu:
+        return None
+    kind, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
+    if kind in ("adam", "adamw", "muon"):
+        params.setdefault("torch_adam", True)
+        return None
+    if kind not in ("lamb", "lion"):
+        return None
+    import pytorch_optimizer
+
+    del config["optimizer"]
+    config["zero_allow_untested_optimizer"] = True
+    if kind == "lion":
+        return partial(pytorch_optimizer.Lion, **_only(params, ("lr", "betas", "weight_decay")))
+    known = _only(params, ("lr", "betas", "eps", "weight_decay", "max_grad_norm"))
+    known.setdefault("max_grad_norm", 0.0)  # as FusedLamb: gradient_clipping in the JSON is the one place for it
+    return partial(pytorch_optimizer.Lamb, **known)
+
+
+def _only(params: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    return {name: params[name] for name in known if name in params}
+
+
+def _own_schedule(config: dict[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """The schedules that DeepSpeed lacks, taken out of its copy of the JSON; it builds its own by itself."""
+    scheduler = config.get("scheduler") or {}
+    if scheduler.get("type") not in OWN_SCHEDULES:
+        return None
+    del config["scheduler"]
+    build = getattr(schedules, scheduler["type"])
+    return partial(build, lr=config["optimizer"]["params"]["lr"], **scheduler.get("params", {}))
+
+
+def local_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """L2 norm of the reduced gradients where DeepSpeed keeps none (fp32 at stage 0), before the update; else None."""
+    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return None
+    grads = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) if grads else 0.0

@@ -1,0 +1,307 @@
+"""Stage-free checkpoints: named fp32 weights and optimizer moments in sharded safetensors, written so that no kill can spoil them.
+
+    step-00000100/
+        shard-00000.safetensors   what rank 0 held: tensors "<parameter>|fp32", "<parameter>|exp_avg", ...
+        index.json                parameter -> shape, and which shard holds which of its elements
+        state.json                step, samples, schedule, loss scale, identities (data, tokenizer, model, seed)
+        manifest.json             size and SHA-256 of every file above, written last
+
+A save goes to a temporary directory, is flushed to the disk, and is renamed when whole. A checkpoint counts when its manifest verifies;
+there is no pointer file to go stale, and nothing is unpickled. Any ZeRO stage and any world size loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from bigtfm.config.problems import NoCheckpoint, StorageProblem
+from bigtfm.engine import fragments
+from bigtfm.engine.distributed import Ranks
+
+FORMAT = 1
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that the loop carries from one step to the next beside the engine."""
+
+    step: int = 0
+    samples: int = 0  # consumed; the data position, since order is a function of it
+    tokens: int = 0
+    best_loss: float | None = None  # validation, nats a token
+    best_step: int | None = None
+    stale_evaluations: int = 0  # since the best one
+    identity: dict[str, Any] = field(default_factory=dict)  # what must not change under a run
+
+
+def save(root: Path, engine: Any, progress: Progress, ranks: Ranks) -> Path:
+    """Writes `root`/step-NNNNNNNN on all ranks together and returns it.
+
+    Raises:
+        StorageProblem: on every rank, when any rank could not write; earlier checkpoints are untouched.
+    """
+    final = root / f"step-{progress.step:08d}"
+    building = root / f".building-{final.name}"
+    with _agreed(ranks, f"writing {final}"):
+        if ranks.rank == 0:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+    mine: dict[str, Any] = {}
+    with _agreed(ranks, f"writing {final}"):
+        mine = _write_shard(building, engine, ranks)
+    gathered: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(gathered, mine, group=ranks.control)
+    with _agreed(ranks, f"writing {final}"):
+        if ranks.rank == 0:
+            _finish(building, final, gathered, _state(engine, progress))
+    return final
+
+
+def _write_shard(folder: Path, engine: Any, ranks: Ranks) -> dict[str, Any]:
+    """This rank's tensors as one file; returns its manifest row and index entries."""
+    if engine.zero_optimization_stage() == 0 and ranks.rank != 0:
+        return {"files": {}, "parameters": {}}  # replicas: rank 0's are enough
+    name, tensors, parameters = f"shard-{ranks.rank:05d}.safetensors", {}, {}
+    for fragment in fragments.owned_fragments(engine):
+        moments = fragments.moments(engine, fragment)
+        for key, view in moments.items():
+            tensors[f"{fragment.name}|{key}"] = view.to("cpu", torch.float32, copy=True)
+        parameters[fragment.name] = {
+            "shape": fragment.shape,
+            "fragment": {"file": name, "start": fragment.start, "numel": fragment.numel},
+            "keys": sorted(moments),
+            "updates": fragments.update_count(engine, fragment),
+        }
+    save_file(tensors, folder / name)
+    return {"files": {name: _flush_and_hash(folder / name)}, "parameters": parameters}
+
+
+def _state(engine: Any, progress: Progress) -> dict[str, Any]:
+    groups = fragments.base_optimizer(engine).param_groups
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {
+        "format": FORMAT,
+        "progress": vars(progress),
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "groups": [{k: v for k, v in group.items() if isinstance(v, int | float | bool)} for group in groups],
+        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)} if scaler else None,
+    }
+
+
+def _finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    files: dict[str, Any] = {}
+    index: dict[str, Any] = {}
+    for part in gathered:
+        files.update(part["files"])
+        for name, entry in part["parameters"].items():
+            whole = index.setdefault(name, {k: entry[k] for k in ("shape", "keys", "updates")} | {"fragments": []})
+            whole["fragments"].append(entry["fragment"])
+    for name, content in (("index.json", index), ("state.json", state)):
+        (building / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        files[name] = _flush_and_hash(building / name)
+    (building / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    _flush_and_hash(building / "manifest.json")
+    _flush_directory(building)
+    if final.exists():  # left by a run that was resumed from an earlier step
+        shutil.rmtree(final)
+    building.rename(final)
+    _flush_directory(final.parent)
+
+
+def _flush_and_hash(path: Path) -> dict[str, Any]:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _agreed(ranks: Ranks, doing: str) -> Iterator[None]:
+    """If the block fails on any rank, all ranks raise the same StorageProblem, so none waits for one that left."""
+    failure = ""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failure = f"rank {ranks.rank}: {error}"
+    failures: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(failures, failure, group=ranks.control)
+    if any(failures):
+        raise StorageProblem(
+            f"{doing} failed: {next(filter(None, failures))}",
+            where="checkpoint",
+            fix="free space or mend the disk, then start the same command again: it resumes from the last checkpoint",
+        )
+
+
+def defect(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None when every file is there with its SHA-256."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']} is not {FORMAT}"
+        for name, expected in manifest["files"].items():
+            path = checkpoint / name
+            if path.parent != checkpoint:
+                return f"{name} is not a plain file name"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} differs from its SHA-256"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    return None
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint that verifies; None when there is none at all.
+
+    Raises:
+        NoCheckpoint: there are checkpoints and every one is damaged.
+    """
+    found = sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
+    defects = []
+    for checkpoint in found:
+        problem = defect(checkpoint)
+        if problem is None:
+            return checkpoint
+        defects.append(f"{checkpoint.name}: {problem}")
+    if defects:
+        raise NoCheckpoint(
+            f"no checkpoint verifies ({'; '.join(defects)})",
+            where=str(root),
+            fix="restore one of these folders from a backup, or start anew with another run.name",
+        )
+    return None
+
+
+def newest_for_all(root: Path, ranks: Ranks) -> Path | None:
+    """`newest`, looked for by rank 0 and told to the others."""
+    answer: list[Any] = [None]
+    if ranks.rank == 0:
+        try:
+            answer = [newest(root)]
+        except NoCheckpoint as problem:
+            answer = [problem.args[0], problem.where, problem.fix]
+    torch.distributed.broadcast_object_list(count := [answer], src=0, group=ranks.control)
+    answer = count[0]
+    if len(answer) == 3:
+        raise NoCheckpoint(answer[0], where=answer[1], fix=answer[2])
+    return answer[0]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a verified checkpoint."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def load(checkpoint: Path, engine: Any) -> Progress:
+    """Fills the engine from a verified checkpoint, each rank reading only the elements that it keeps.
+
+    Raises:
+        NoCheckpoint: the checkpoint's parameters are not this model's.
+    """
+    state = read_state(checkpoint)
+    with _Shards(checkpoint) as shards:
+        for fragment in fragments.owned_fragments(engine):
+            entry = shards.entry(fragment.name, fragment.shape)
+            for key in entry["keys"]:
+                target = fragments.restore_moment(engine, fragment, key)
+                shards.fill(target, fragment.name, key, fragment.start)
+            fragments.restore_update_count(engine, fragment, entry["updates"])
+    for group, saved in zip(fragments.base_optimizer(engine).param_groups, state["groups"], strict=False):
+        group["lr"] = saved["lr"]  # the rest of a group is the JSON's to say
+    fragments.weights_follow_masters(engine)
+    if engine.lr_scheduler is not None and state["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(state["scheduler"])
+    if state["loss_scaler"] and getattr(engine.optimizer, "loss_scaler", None) is not None:
+        vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
+    for name, value in state["counters"].items():
+        setattr(engine, name, value)
+    return Progress(**state["progress"])
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Fills a plain torch module [no DeepSpeed] with the checkpoint's fp32 weights, one parameter at a time."""
+    with _Shards(checkpoint) as shards, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shards.entry(name, tuple(parameter.shape))
+            whole = torch.empty(parameter.numel())
+            shards.fill(whole, name, "fp32", 0)
+            parameter.copy_(whole.view(parameter.shape))
+
+
+class _Shards:
+    """Reads runs of elements out of a checkpoint's shards, opened when first needed."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._folder = checkpoint
+        self._index: dict[str, Any] = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.__exit__(None, None, None)
+
+    def entry(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        entry = self._index.get(name)
+        if entry is None or tuple(entry["shape"]) != shape:
+            has = f"has {name} as {entry['shape']}" if entry else f"has no {name}"
+            raise NoCheckpoint(
+                f"the checkpoint {has}, the model needs {list(shape)}",
+                where=str(self._folder),
+                fix="use the run config that this run was started with (its copy is run.toml in the run directory)",
+            )
+        return entry
+
+    def fill(self, target: torch.Tensor, name: str, key: str, start: int) -> None:
+        """Copies elements start .. start + target.numel() of a parameter's `key` into `target` [n]."""
+        stop = start + target.numel()
+        for part in self._index[name]["fragments"]:
+            low, high = max(start, part["start"]), min(stop, part["start"] + part["numel"])
+            if low < high:
+                file = self._open.get(part["file"]) or self._open_shard(part["file"])
+                values = file.get_slice(f"{name}|{key}")[low - part["start"] : high - part["start"]]
+                target[low - start : high - start].copy_(values)
+
+    def _open_shard(self, name: str) -> Any:
+        self._open[name] = safe_open(self._folder / name, framework="pt").__enter__()
+        return self._open[name]
+
+
+def prune(root: Path, keep: int, best_step: int | None) -> None:
+    """Deletes all but the newest `keep` checkpoints and the best one, and what a killed save left behind."""
+    kept = sorted(root.glob("step-*"))[-keep:]
+    for path in [*root.glob("step-*"), *root.glob(".building-*")]:
+        if path not in kept and path.name != f"step-{best_step or 0:08d}":
+            shutil.rmtree(path, ignore_errors=True)
+
+

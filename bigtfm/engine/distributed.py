@@ -1,0 +1,84 @@
+"""The process group: how ranks meet, and the few collectives that the loop itself needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from bigtfm.config.launch import RENDEZVOUS, Launch
+from bigtfm.config.problems import ConfigProblem
+
+@dataclass(frozen=True)
+class Ranks:
+    """The running process group. `device` holds this rank's tensors; host numbers travel over gloo, which stalls no GPU."""
+
+    launch: Launch
+    device: torch.device
+    control: torch.distributed.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64 (exact for whole numbers below 2^53)."""
+        total = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        torch.distributed.barrier(group=self.control)
+
+    def close(self) -> None:
+        torch.distributed.destroy_process_group()
+
+
+def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """Joins the process group under the accelerator's own backend (nccl on GPUs, gloo on CPUs)."""
+    if launch.world_size == 1 and "MASTER_PORT" not in os.environ:
+        alone = dict(zip(RENDEZVOUS, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
+        os.environ.update(alone)  # without them DeepSpeed looks for MPI
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks on one machine share its cores instead of fighting for them
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("BIGTFM_DEEPSPEED_LOG", "WARNING"))
+
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel(os.environ.get("BIGTFM_DEEPSPEED_LOG", "WARNING"))
+    # This op compiles for minutes in silence at the first start on a CPU, and a killed compilation blocks the next start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        _require_device(accelerator.device_count(), launch)
+        accelerator.set_device(launch.local_rank)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    control = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    return Ranks(launch, torch.device(accelerator.current_device_name()), control)
+
+
+def _require_device(count: int, launch: Launch) -> None:
+    if launch.local_rank >= count:
+        raise ConfigProblem(
+            f"rank {launch.rank} needs device {launch.local_rank}, this machine has {count}",
+            where="launcher",
+            fix=f"start at most {count} ranks on this machine",
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""Transformers as plain torch modules that know of no rank, no ZeRO stage and no training dtype."""

@@ -1,0 +1,1 @@
+"""What a run costs: floating-point operations and bytes."""

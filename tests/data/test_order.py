@@ -1,0 +1,174 @@
+import math
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bigtfm.data import order
+from bigtfm.data.order import MAX_SIZE, digest, epoch_key, permute, sample_windows
+
+KEYS = st.integers(0, 2**64 - 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=st.integers(1, 3000), key=KEYS)
+@example(size=1, key=0)
+@example(size=2, key=2**64 - 1)
+def test_permute_is_a_bijection_of_every_small_size(size, key):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [2**20, 2**20 - 1, 2**20 + 1, 1_000_003])
+def test_permute_is_a_bijection_of_a_million(size):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, 7)), np.arange(size))
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=st.one_of(st.integers(1, MAX_SIZE), st.integers(60, 62).map(lambda b: 2**b)), key=KEYS, data=st.data())
+def test_large_sizes_stay_inside_and_never_collide(size, key, data):
+    index = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=200, unique=True)), np.int64)
+    out = permute(index, size, key)
+    assert out.dtype == np.int64
+    assert out.min() >= 0 and out.max() < size
+    assert len(np.unique(out)) == len(index)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2**31, 2**31), (2**31, 2**31 - 1), (1_000_000, 999_999), (4, 3)])
+def test_feistel_rounds_can_be_undone(rows, columns):
+    """The network is a bijection at sizes that nobody can enumerate: its inverse, written here, gives the input back."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, rows * columns, 5000).astype(np.uint64)
+    keys = rng.integers(0, 2**63, order.ROUNDS).astype(np.uint64)
+    y = order._feistel(x, rows, columns, keys)
+    left, right = y // np.uint64(columns), y % np.uint64(columns)
+    for i in reversed(range(0, order.ROUNDS, 2)):
+        right = _unshift(right, left, keys[i + 1], columns)
+        left = _unshift(left, right, keys[i], rows)
+    assert np.array_equal(left * np.uint64(columns) + right, x)
+
+
+def _unshift(half, other, key, modulus):
+    shift = order._shift(np.zeros_like(other), other, key, np.uint64(modulus))
+    return (half + np.uint64(modulus) - shift) % np.uint64(modulus)
+
+
+def test_permutation_is_pinned():
+    """Changing the permutation would silently change the order of every run that is resumed."""
+    assert permute(np.arange(10), 10, 1).tolist() == PINNED_TEN
+    assert permute(np.array([0, 1, 10**12 - 1]), 10**12, epoch_key(1234, 0)).tolist() == PINNED_LARGE
+
+
+PINNED_TEN = [2, 6, 7, 3, 5, 4, 0, 9, 1, 8]
+PINNED_LARGE = [281581978562, 243772824768, 473785855682]
+
+
+def mixing(out, size):
+    """Worst of the statistics, in standard deviations, that a uniformly random permutation would have about 1 of."""
+    n = len(out)
+    scaled = out / size - 0.5
+    neighbours = np.mean(scaled[1:] * scaled[:-1]) * 12 * math.sqrt(n)
+    in_place = np.mean(scaled * (np.arange(n) / n - 0.5)) * 12 * math.sqrt(n)
+    cells = 64
+    scores = [neighbours, in_place]
+    for sample in (out[: n // 2], np.diff(out)[: n // 2] % size, out[::2][: n // 4]):  # positions, strides, every second
+        expected = len(sample) / cells
+        counts = np.bincount((sample * cells // size).astype(np.int64), minlength=cells)
+        chi_square = float(((counts - expected) ** 2 / expected).sum())
+        scores.append((chi_square - (cells - 1)) / math.sqrt(2 * (cells - 1)))
+    pairs = np.bincount(out[:-1] % 8 * 8 + out[1:] % 8, minlength=64)  # low bits of neighbours
+    expected = (n - 1) / 64
+    scores.append((float(((pairs - expected) ** 2 / expected).sum()) - 63) / math.sqrt(126))
+    return max(abs(score) for score in scores)
+
+
+@pytest.mark.parametrize("size", [50_000, 2**16, 10**6, 10**9 + 7, 10**12])
+def test_mixing_is_that_of_a_random_permutation(size):
+    scores = [mixing(permute(np.arange(50_000), size, epoch_key(seed, 0)), size) for seed in range(5)]
+    assert max(scores) < 5.0, scores
+
+
+def test_mixing_test_sees_a_weak_permutation(monkeypatch):
+    """Negative control: an affine map, a shift, and the same network with two rounds all go red."""
+    size = 10**6
+    index = np.arange(50_000)
+    assert mixing((index * 7919 + 13) % size, size) > 5
+    assert mixing((index + 12345) % size, size) > 5
+    monkeypatch.setattr(order, "ROUNDS", 2)
+    assert mixing(permute(index, size, 1), size) > 5
+
+
+def test_every_small_permutation_is_about_equally_frequent():
+    counts: dict[tuple[int, ...], int] = {}
+    for seed in range(2400):
+        drawn = tuple(permute(np.arange(4), 4, epoch_key(seed, 0)).tolist())
+        counts[drawn] = counts.get(drawn, 0) + 1
+    assert len(counts) == 24
+    assert min(counts.values()) > 50 and max(counts.values()) < 160, counts  # expected 100 each
+
+
+def test_seed_and_epoch_both_change_the_order():
+    size, n = 10**6, 4000
+    base = permute(np.arange(n), size, epoch_key(1, 0))
+    for seed, epoch in [(1, 1), (2, 0), (0, 1)]:
+        other = permute(np.arange(n), size, epoch_key(seed, epoch))
+        assert np.sum(base == other) < 5
+        assert abs(np.corrcoef(base, other)[0, 1]) < 5 / math.sqrt(n)
+
+
+def test_samples_run_through_every_epoch_once_and_reshuffle():
+    size = 1000
+    samples = sample_windows(0, 3 * size, size, seed=5).reshape(3, size)
+    for epoch in samples:
+        assert np.array_equal(np.sort(epoch), np.arange(size))
+    assert np.sum(samples[0] == samples[1]) < 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=st.integers(0, 10**6), counts=st.lists(st.integers(0, 50), min_size=1, max_size=8), size=st.integers(1, 100))
+def test_samples_do_not_depend_on_how_they_are_split(first, counts, size):
+    whole = sample_windows(first, sum(counts), size, seed=3)
+    parts, start = [], first
+    for count in counts:
+        parts.append(sample_windows(start, count, size, seed=3))
+        start += count
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_digest_is_of_the_sequence_and_the_same_on_every_machine():
+    assert digest(np.array([1, 2, 3])) == digest(np.array([1, 2, 3], ">i8")) == digest(np.array([1, 2, 3], np.int32))
+    assert digest(np.array([1, 2, 3])) == PINNED_DIGEST
+    assert digest(np.array([1, 3, 2])) != PINNED_DIGEST
+    assert len(digest(np.array([], np.int64))) == 16
+
+
+PINNED_DIGEST = "77ba1ae68d5afbb4"
+
+
+def test_opening_costs_the_same_at_any_size_and_stores_nothing():
+    tracemalloc.start()
+    started = time.perf_counter()
+    assert len(sample_windows(10**11, 8, 10**12, seed=0)) == 8
+    seconds = time.perf_counter() - started
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 0.1
+    assert peak < 100_000  # bytes
+
+
+def test_a_block_is_fast():
+    index = np.arange(4096)
+    seconds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        permute(index, 10**12, 1)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) / 4096 < 150e-9
+
+
+@pytest.mark.parametrize(("index", "size"), [([5], 5), ([-1], 5), ([0], 0), ([0], MAX_SIZE + 1)])
+def test_an_index_outside_is_our_own_mistake(index, size):
+    with pytest.raises(AssertionError):
+        permute(np.array(index), size, 1)

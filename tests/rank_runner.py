@@ -1,0 +1,96 @@
+"""Starts ranks of the real command as real processes, without paying for `import torch, deepspeed` in each of them.
+
+A fork server imports them once per test session; every rank is a fresh fork of it, so nothing leaks from one run to the next.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "deepspeed", "rank_runner"])
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the ranks left: exit codes and output, by rank."""
+
+    codes: list[int]
+    outputs: list[str]  # stdout and stderr together
+
+    @property
+    def code(self) -> int:
+        return self.codes[0]
+
+    @property
+    def output(self) -> str:
+        return self.outputs[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(
+    args: Sequence[str], folder: Path, world_size: int = 1, environ: Mapping[str, str] | None = None
+) -> list[multiprocessing.process.BaseProcess]:
+    """Starts `bigtfm ARGS` as `world_size` ranks in `folder`; their output goes to folder/rank-N.out."""
+    port = str(free_port())
+    processes = []
+    for rank in range(world_size):
+        rendezvous = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
+        process = _server.Process(
+            target=_rank, args=(list(args), str(folder), rendezvous | dict(environ or {})), daemon=True
+        )
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(processes: Sequence[multiprocessing.process.BaseProcess], folder: Path, timeout: float = 120) -> Finished:
+    """Waits for the ranks; kills what outlives the timeout and fails."""
+    late = []
+    for process in processes:
+        process.join(timeout)
+        if process.is_alive():
+            late.append(process.pid)
+            process.kill()
+            process.join()
+    outputs = [(folder / f"rank-{rank}.out").read_text(errors="replace") for rank in range(len(processes))]
+    assert not late, f"ranks {late} still ran after {timeout} s:\n{outputs[0][-3000:]}"
+    return Finished([int(process.exitcode or 0) for process in processes], outputs)
+
+
+def run(args: Sequence[str], folder: Path, world_size: int = 1, environ: Mapping[str, str] | None = None) -> Finished:
+    """`bigtfm ARGS` on `world_size` ranks, to the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return finish(start(args, folder, world_size, environ), folder)
+
+
+def _rank(args: list[str], folder: str, environ: dict[str, str]) -> None:
+    os.environ.update(environ)
+    os.chdir(folder)
+    output = os.open(f"rank-{environ['RANK']}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.argv = ["bigtfm", *args]
+    from bigtfm.cli import app
+
+    app()
