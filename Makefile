@@ -19,7 +19,7 @@ ARGS ?=
 PROMPT ?= The
 
 BIN := $(VENV)/bin
-PIP = $(BIN)/python -m pip -qq --no-input --disable-pip-version-check --log $(VENV)/pip.log install --progress-bar off
+PIP = $(BIN)/python -m pip --no-input --disable-pip-version-check install --progress-bar off
 GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 CPU_ONLY = $(and $(filter Linux,$(shell uname -s)),$(filter 0,$(GPUS)))
 TORCH = torch==$(TORCH_VERSION)$(if $(CPU_ONLY),+cpu)
@@ -40,7 +40,9 @@ help: ## this list
 # runs, .started holds its process id: found later without that process, it tells that a set-up was killed half-way.
 define phase
 @echo $$$$ > $(STARTED); printf 'setup: %s ... ' "$(1)"; start=$$SECONDS; \
-if ! { $(2); }; then rm -f $(STARTED); echo "failed"; echo "setup: $(3) (log: $(VENV)/pip.log)" >&2; exit 1; fi; \
+if ! { $(2); } >> $(VENV)/setup.log 2>&1; then \
+  rm -f $(STARTED); echo "failed"; grep '^ERROR' $(VENV)/setup.log | tail -3 >&2; \
+  echo "setup: $(3). The whole story: $(VENV)/setup.log" >&2; exit 1; fi; \
 rm -f $(STARTED); echo "$$((SECONDS - start)) s"
 endef
 
@@ -76,7 +78,7 @@ $(VENV)/.python:
 # A plain `torch` would bring gigabytes of CUDA along on Linux: without a GPU only the +cpu build is ever asked for, first
 # in the indexes that pip already knows (a mirror, a wheel folder), then in the one that PyTorch publishes it in.
 BRIEF = $(PIP) --retries 1 --timeout 15
-CPU_TORCH = $(BRIEF) '$(TORCH)' 2>/dev/null || $(BRIEF) --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)'
+CPU_TORCH = $(BRIEF) '$(TORCH)' || $(BRIEF) --extra-index-url $(TORCH_CPU_INDEX) '$(TORCH)'
 INSTALL_TORCH = $(if $(CPU_ONLY),$(CPU_TORCH),$(PIP) '$(TORCH)')
 NO_TORCH = pip found no $(TORCH)$(if $(CPU_ONLY), in its own indexes or at $(TORCH_CPU_INDEX)). \
   Fix: connect to the network, or set TORCH_VERSION$(if $(CPU_ONLY), or TORCH_CPU_INDEX)
@@ -86,7 +88,7 @@ $(VENV)/.torch-$(TORCH_VERSION): $(VENV)/.python
 	@touch $@
 
 INSTALL_BIGTFM = $(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev,hf]'
-NO_BIGTFM = pip could not install bigtfm (see above). Fix: connect to the network, then run it again
+NO_BIGTFM = pip could not install bigtfm. Fix: connect to the network, then repeat the command
 
 $(READY): pyproject.toml $(VENV)/.torch-$(TORCH_VERSION)
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \

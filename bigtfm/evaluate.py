@@ -31,8 +31,8 @@ def predicted_tokens(split: Split) -> int:
 def unigram_bits_per_byte(dataset: TokenDataset) -> float:
     """Bits a byte of validation text for a model that knows only how often each token occurs in the training split.
 
-    Frequencies are smoothed by adding one to each of the vocabulary's ids. At most the first 50 M tokens of each split are
-    read; a longer validation split is taken to go on as it began.
+    Frequencies are smoothed by adding one to each of the vocabulary's ids. At most the first 50 M tokens of each split
+    are read; a longer validation split is taken to go on as it began.
 
     Raises:
         DataProblem: the validation split is empty.
@@ -40,7 +40,9 @@ def unigram_bits_per_byte(dataset: TokenDataset) -> float:
     train, validation = dataset.split("train"), dataset.split("validation")
     if not predicted_tokens(validation) or not validation.num_bytes:
         raise DataProblem(
-            "the validation split has no text", where=str(dataset.path), fix="prepare with more documents or a larger share"
+            "the validation split has no text",
+            where=str(dataset.path),
+            fix="prepare with more documents or a larger share",
         )
     train_counts = _count(train, dataset.vocab_size)
     counts = _count(validation, dataset.vocab_size)

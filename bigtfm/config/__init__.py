@@ -1,1 +1,1 @@
-"""What a run is made of: the run config (TOML), the DeepSpeed JSON, and how a mistake in either is reported."""
+"""What a run is made of: run config (TOML) and DeepSpeed JSON, and how a mistake in either is reported."""

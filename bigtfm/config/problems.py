@@ -1,14 +1,16 @@
-"""A failure that the user can act on: one line that says what, where and the fix, and a documented exit code."""
+"""A failure that the user can act on: one line (what, where, the fix) and a documented exit code."""
 
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class Problem(Exception):
-    """A failure with a known cause. Subclasses carry the exit code; `line` is the one line that the user reads."""
+    """A failure with a known cause. Subclasses carry the exit code; `line` is what the user reads."""
 
     exit_code: ClassVar[int] = 1
 
@@ -73,3 +75,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"use one of: {', '.join(known)}"
+
+
+def shown(value: Any) -> str:
+    """A value from a config as a message quotes it: short, and on one line."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

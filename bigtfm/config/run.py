@@ -1,19 +1,22 @@
-"""The run config: model, data, objective, steps, evaluation, saving. Read from TOML, then `key=value` overrides.
+"""The run config: model, data, objective, steps, evaluation, saving: TOML, then `key=value` overrides.
 
-It has no field for anything that the DeepSpeed JSON has a key for (batch sizes, precision, optimizer, schedule, clipping,
-ZeRO): those live there and only there. The defaults are the quickstart's.
+It has no field for anything that the DeepSpeed JSON has a key for (batch sizes, precision, optimizer, lr,
+schedule, clipping, ZeRO): those live there and only there. The defaults are the quickstart's.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from bigtfm.config.problems import ConfigProblem, did_you_mean
+from bigtfm.config.deepspeed_walk import place_of
+from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 
 
 class Section(BaseModel):
@@ -23,46 +26,101 @@ class Section(BaseModel):
 class RunSection(Section):
     """Name, place and length of the run."""
 
-    name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and of its folder below `dir`")
-    dir: str = Field("runs", min_length=1, description="folder that holds run directories; this run's is <dir>/<name>")
-    steps: int | None = Field(None, ge=1, description="optimizer steps at which to stop; unset: the horizon of the DeepSpeed JSON's scheduler")
-    seed: int = Field(1234, ge=0, lt=2**63, description="seed of the weights, the data order and dropout")
+    name: str = Field(
+        default="quickstart",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run, and of its folder below `dir`",
+    )
+    dir: str = Field(
+        default="runs",
+        min_length=1,
+        description="folder that holds run directories; this run's is <dir>/<name>",
+    )
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps at which to stop; unset: the horizon of the DeepSpeed JSON's scheduler",
+    )
+    seed: int = Field(
+        default=1234, ge=0, lt=2**63, description="seed of the weights, the data order and dropout"
+    )
 
 
 class ModelSection(Section):
     """Shape of the Transformer. The vocabulary's size comes from the data set's header."""
 
-    family: Literal["gpt"] = Field("gpt", description="architecture: gpt (decoder, pre-norm)")
-    hidden_size: int = Field(192, ge=1, description="width of the residual stream, in features")
-    num_layers: int = Field(4, ge=1, description="number of Transformer blocks")
-    num_attention_heads: int = Field(6, ge=1, description="number of query heads")
-    num_kv_heads: int | None = Field(None, ge=1, description="number of key/value heads (GQA); unset: as many as query heads (MHA)")
-    head_dim: int | None = Field(None, ge=1, description="features per head; unset: hidden_size / num_attention_heads")
-    ffn_hidden_size: int | None = Field(None, ge=1, description="width of the feed-forward layer, in features; unset: 4 x hidden_size, or 8/3 x rounded up to a multiple of 64 with swiglu")
-    max_seq_len: int = Field(128, ge=1, description="longest sequence that the model can read, in tokens")
-    positions: Literal["learned", "sinusoidal", "rotary"] = Field("rotary", description="how positions enter: learned or sinusoidal embeddings, or rotary (RoPE)")
-    rotary_base: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="normalisation before each sub-layer and at the end")
-    norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
-    activation: Literal["gelu", "relu", "swiglu"] = Field("swiglu", description="activation of the feed-forward layer (gelu: tanh approximation)")
-    bias: bool = Field(False, description="biases in linear layers and layer norms")
-    tied_embeddings: bool = Field(True, description="the output layer shares the input embedding's weight")
-    vocab_multiple: int = Field(64, ge=1, description="the embedding is padded to a multiple of this many rows; padding never enters the loss")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping a feature after the embedding and after each sub-layer")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights; residual outputs use init_std / sqrt(2 num_layers)")
+    family: Literal["gpt"] = Field(default="gpt", description="architecture: gpt (decoder, pre-norm)")
+    hidden_size: int = Field(default=192, ge=1, description="width of the residual stream, in features")
+    num_layers: int = Field(default=4, ge=1, description="number of Transformer blocks")
+    num_attention_heads: int = Field(default=6, ge=1, description="number of query heads")
+    num_kv_heads: int | None = Field(
+        default=None, ge=1, description="number of key/value heads (GQA); unset: as many as query heads (MHA)"
+    )
+    head_dim: int | None = Field(
+        default=None, ge=1, description="features per head; unset: hidden_size / num_attention_heads"
+    )
+    ffn_hidden_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="width of the feed-forward layer, in features; unset: 4 x hidden_size, or with swiglu "
+        "8/3 x hidden_size, rounded up to a multiple of 64",
+    )
+    max_seq_len: int = Field(
+        default=128, ge=1, description="longest sequence that the model can read, in tokens"
+    )
+    positions: Literal["learned", "sinusoidal", "rotary"] = Field(
+        default="rotary",
+        description="how positions enter: learned or sinusoidal embeddings, or rotary (RoPE)",
+    )
+    rotary_base: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
+    norm: Literal["layernorm", "rmsnorm"] = Field(
+        default="rmsnorm", description="normalisation before each sub-layer and at the end"
+    )
+    norm_eps: float = Field(default=1e-5, gt=0, description="epsilon of the normalisation")
+    activation: Literal["gelu", "relu", "swiglu"] = Field(
+        default="swiglu", description="activation of the feed-forward layer (gelu: tanh approximation)"
+    )
+    bias: bool = Field(default=False, description="biases in linear layers and layer norms")
+    tied_embeddings: bool = Field(
+        default=True, description="the output layer shares the input embedding's weight"
+    )
+    vocab_multiple: int = Field(
+        default=64,
+        ge=1,
+        description="the embedding is padded to a multiple of this many rows; padding never enters the loss",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability of dropping a feature after the embedding and after each sub-layer",
+    )
+    init_std: float = Field(
+        default=0.02,
+        gt=0,
+        description="standard deviation of the initial weights; "
+        "residual outputs use init_std / sqrt(2 num_layers)",
+    )
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelSection:
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.kv_heads
+        if self.head_dim is None and hidden % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"model.hidden_size {hidden} is not a multiple of model.num_attention_heads {heads}",
+                f"set hidden_size to {-(-hidden // heads) * heads}, or state model.head_dim",
             )
-        if self.num_attention_heads % self.kv_heads:
+        if heads % kv_heads:
+            divisors = [str(number) for number in range(1, heads + 1) if heads % number == 0]
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_kv_heads {self.kv_heads}"
+                f"model.num_attention_heads {heads} is not a multiple of model.num_kv_heads {kv_heads}",
+                f"set num_kv_heads to one of: {', '.join(divisors)}",
             )
         if self.positions == "rotary" and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even head size, not {self.head_size}")
+            raise ValueError(
+                f"rotary positions need an even head size, not {self.head_size}",
+                "set model.head_dim to an even number, or take other positions",
+            )
         return self
 
     @property
@@ -80,7 +138,9 @@ class ModelSection(Section):
         """Width of the feed-forward layer, in features."""
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        if self.activation == "swiglu":  # three matrices instead of two: 8/3 keeps the parameter count (Shazeer 2020)
+        if (
+            self.activation == "swiglu"
+        ):  # three matrices instead of two: 8/3 keeps the parameter count (Shazeer 2020)
             return -(-8 * self.hidden_size // (3 * 64)) * 64
         return 4 * self.hidden_size
 
@@ -92,58 +152,91 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where the tokens come from."""
 
-    path: str = Field("data/quickstart", min_length=1, description="folder that `bigtfm prepare` wrote")
-    seq_len: int | None = Field(None, ge=1, description="tokens in a training sequence; unset: model.max_seq_len")
+    path: str = Field(
+        default="data/quickstart", min_length=1, description="folder that `bigtfm prepare` wrote"
+    )
+    seq_len: int | None = Field(
+        default=None, ge=1, description="tokens in a training sequence; unset: model.max_seq_len"
+    )
 
 
 class ObjectiveSection(Section):
     """What is minimised."""
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass spread over the vocabulary (training loss only)")
-    l1: float = Field(0.0, ge=0, description="L1 penalty on matrix weights, per step, as a multiple of the sum of |w| (L2: the DeepSpeed JSON's weight_decay)")
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability mass spread over the vocabulary (training loss only)",
+    )
+    l1: float = Field(
+        default=0.0,
+        ge=0,
+        description="L1 penalty on matrix weights, per step, as a multiple of the sum of |w| "
+        "(L2: the DeepSpeed JSON's weight_decay)",
+    )
 
 
 class ComputeSection(Section):
     """How it is computed; nothing here changes what is computed."""
 
-    recompute: Literal["none", "full", "selective"] | int = Field("none", description="activation checkpointing: none, full (every block), selective (keeps matrix products), or n (every n-th block)")
-
-    @model_validator(mode="after")
-    def _positive(self) -> ComputeSection:
-        if isinstance(self.recompute, int) and (isinstance(self.recompute, bool) or self.recompute < 1):
-            raise ValueError(f"recompute must be none, full, selective or a number of blocks >= 1, not {self.recompute}")
-        return self
+    recompute: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = Field(
+        default="none",
+        description="activation checkpointing: none, full (every block), selective (keeps matrix products), "
+        "or n (every n-th block)",
+    )
 
 
 class EvalSection(Section):
     """Evaluation on the validation split while training."""
 
-    every: int = Field(50, ge=0, description="steps between evaluations; 0: only at the end")
-    tokens: int = Field(1_000_000, ge=1, description="at most this many validation tokens an evaluation")
-    patience: int = Field(0, ge=0, description="stop early after this many evaluations without improvement; 0: never")
-    min_delta: float = Field(0.0, ge=0, description="smallest drop of the validation loss that counts as improvement, in nats a token")
+    every: int = Field(default=50, ge=0, description="steps between evaluations; 0: only at the end")
+    tokens: int = Field(
+        default=1_000_000, ge=1, description="at most this many validation tokens an evaluation"
+    )
+    patience: int = Field(
+        default=0, ge=0, description="stop early after this many evaluations without improvement; 0: never"
+    )
+    min_delta: float = Field(
+        default=0.0,
+        ge=0,
+        description="smallest drop of the validation loss that counts as improvement, in nats a token",
+    )
 
 
 class SaveSection(Section):
     """Checkpoints."""
 
-    every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="how many of the newest checkpoints to keep; the best one is kept besides")
+    every: int = Field(default=100, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(
+        default=2,
+        ge=1,
+        description="how many of the newest checkpoints to keep; the best one is kept besides",
+    )
 
 
 class TrackSection(Section):
     """Metrics and where they go. metrics.jsonl is always written."""
 
-    every: int = Field(10, ge=1, description="steps between progress lines when the output is not a terminal")
-    mlflow: bool = Field(True, description="send metrics to MLflow, in a process of its own that training never waits for")
-    uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
-    experiment: str = Field("bigtfm", min_length=1, description="MLflow experiment")
+    every: int = Field(
+        default=10, ge=1, description="steps between progress lines when the output is not a terminal"
+    )
+    mlflow: bool = Field(
+        default=True,
+        description="send metrics to MLflow, in a process of its own that training never waits for",
+    )
+    uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
+    experiment: str = Field(default="bigtfm", min_length=1, description="MLflow experiment")
 
 
 class ResumeSection(Section):
     """What may change when a run directory is resumed."""
 
-    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective"], ...] = Field((), strict=False, description="changes to accept when resuming: data, model, tokenizer, seed, objective")
+    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective"], ...] = Field(
+        default=(),
+        strict=False,
+        description="changes to accept when resuming: data, model, tokenizer, seed, objective",
+    )
 
 
 class RunConfig(Section):
@@ -162,7 +255,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sequence_fits(self) -> RunConfig:
         if self.seq_len > self.model.max_seq_len:
-            raise ValueError(f"data.seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
+            raise ValueError(
+                f"data.seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}"
+            )
         return self
 
     @property
@@ -179,81 +274,155 @@ class RunConfig(Section):
 def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Defaults, then the TOML file at `path` (if any), then `key=value` overrides.
 
+    A key on the command line may leave its table out where only one has it: steps=1000 is run.steps=1000.
+
     Raises:
-        ConfigProblem: the file can't be read, is no TOML, or a key or value is wrong.
+        ConfigProblem: the file can't be read, is no TOML, or a key or value is wrong. The line names the
+            first mistake and how many more there are.
     """
-    where = str(path) if path else "run config"
-    values = _read_toml(path) if path else {}
-    for override in overrides:
-        _apply_override(values, override)
+    values = _read(path) if path else {}
+    overridden = {_apply(values, override) for override in overrides}
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise _explain(error, str(path) if path else "run config", overridden) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigProblem("no such file", where=str(path), fix="pass an existing run config with --config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigProblem(f"can't be read: {error}", where=str(path), fix="pass a readable TOML file") from None
+        fix = "pass an existing run config with --config, for example configs/quickstart.toml"
+        raise ConfigProblem("no such file", where=str(path), fix=fix) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigProblem(f"not valid TOML: {error}", where=str(path), fix="correct that line") from None
+    except (OSError, ValueError) as error:  # a folder, or no UTF-8
+        raise ConfigProblem(f"can't be read: {error}", where=str(path), fix="pass a TOML file") from None
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _sections() -> dict[str, type[Section]]:
+    """The tables of the run config."""
+    fields: dict[str, Any] = dict(RunConfig.model_fields)
+    return {table: field.annotation for table, field in fields.items()}
+
+
+def _apply(values: dict[str, Any], override: str) -> str:
+    """Enter `key=value` into `values`; returns the key's full name."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigProblem(f"'{override}' is not key=value", where="command line", fix="write for example run.steps=1000")
-    table, name = _locate(key)
+        fix = "write for example run.steps=1000"
+        raise ConfigProblem(f"'{override}' is not key=value", where="command line", fix=fix)
+    path = _locate(key.strip())
+    table, _, name = path.partition(".")
     section = values.setdefault(table, {})
     if not isinstance(section, dict):
-        raise ConfigProblem(f"'{table}' is not a table", where="run config", fix=f"write [{table}] above its keys")
-    section[name] = _parse_value(text)
+        fix = f"write [{table}] on a line of its own, above its keys"
+        raise ConfigProblem(f"{table} must be a table, not {shown(section)}", where="run config", fix=fix)
+    section[name] = _parse(text, _sections()[table].model_fields[name].annotation)
+    return path
 
 
-def _locate(key: str) -> tuple[str, str]:
-    """Table and field of `key`: 'run.steps', or 'steps' where only one table has that field."""
-    tables = {table: field.annotation.model_fields for table, field in RunConfig.model_fields.items()}  # type: ignore[union-attr]
-    paths = [f"{table}.{name}" for table, fields in tables.items() for name in fields]
-    matches = [path for path in paths if path == key or path.partition(".")[2] == key]
+def _locate(key: str) -> str:
+    """Full name of `key`, which may lack its table."""
+    known = [f"{table}.{name}" for table, section in _sections().items() for name in section.model_fields]
+    matches = [path for path in known if key in (path, path.partition(".")[2])]
     if len(matches) > 1:
-        raise ConfigProblem(f"key '{key}' is ambiguous", where="command line", fix=f"write one of: {', '.join(matches)}")
+        fix = f"write one of: {', '.join(matches)}"
+        raise ConfigProblem(f"key '{key}' is ambiguous", where="command line", fix=fix)
     if not matches:
-        raise ConfigProblem(f"unknown key '{key}'", where="command line", fix=did_you_mean(key, paths))
-    table, _, name = matches[0].partition(".")
-    return table, name
+        raise ConfigProblem(f"unknown key '{key}'", where="command line", fix=_unknown_fix(key))
+    return matches[0]
 
 
-def _parse_value(text: str) -> Any:
-    """A TOML value where it is one (numbers, booleans, lists, quoted text), else the text itself."""
+def _parse(text: str, annotation: Any) -> Any:
+    """A TOML value where it is one, else the text itself: quotes are for the shell, not for us."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text
     except tomllib.TOMLDecodeError:
-        return text
+        value = text
+    if annotation is str and not isinstance(value, str):
+        return text  # a run may be called 2024-05-01
+    if get_origin(annotation) is tuple and isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value
 
 
-def _explain(error: ValidationError, where: str) -> ConfigProblem:
-    """One line for the first thing that is wrong, and how many more there are."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "int", "tuple")))
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        table, _, name = key.rpartition(".")
-        section = RunConfig.model_fields[table].annotation if table else RunConfig
-        return ConfigProblem(
-            f"unknown key '{key}'{more}", where=where, fix=did_you_mean(name, section.model_fields)  # type: ignore[union-attr]
+def _unknown_fix(key: str) -> str:
+    """For an unknown 'table.name' or 'name': the key that was meant, here or in the DeepSpeed JSON."""
+    table, _, name = key.rpartition(".")
+    sections = _sections()
+    known = {
+        f"{section}.{field}": field for section, model in sections.items() for field in model.model_fields
+    }
+    elsewhere = [path for path, field in known.items() if field == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(repr(path) for path in elsewhere)}?"
+    place = place_of(name)
+    if place:
+        return f"it belongs into the DeepSpeed JSON, as {place}"
+    if not table and name in sections:
+        return f"write {name}.KEY=VALUE, with KEY one of: {', '.join(sections[name].model_fields)}"
+    same_table = {path: field for path, field in known.items() if path.startswith(f"{table}.")}
+    for paths in (same_table, known):
+        close = get_close_matches(name, paths.values(), n=1) or get_close_matches(
+            name, paths.values(), n=1, cutoff=0.55
         )
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(first["input"], dict) or first["type"] == "value_error" else f", not {first['input']!r}"
-    field = _field(key)
-    hint = f"{key}: {field.description}" if field is not None and field.description else "make the values fit together"
-    return ConfigProblem(f"{key + ': ' if key else ''}{message}{shown}{more}", where=where, fix=hint)
+        if close:
+            return " or ".join(
+                f"did you mean '{path}'?" for path, field in paths.items() if field == close[0]
+            )
+    return did_you_mean(name, same_table.values() or sections)
 
 
-def _field(key: str) -> Any:
+def _explain(error: ValidationError, where: str, overridden: Collection[str]) -> ConfigProblem:
+    """One line for the first thing that is wrong, and how many more there are."""
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors():
+        # A union reports every branch, under the key and the name of the branch.
+        by_key.setdefault(".".join(str(part) for part in detail["loc"][:2]), []).append(detail)
+    key, details = next(iter(by_key.items()))
+    more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
+    what, fix = _finding(key, details)
+    return ConfigProblem(what + more, where="command line" if key in overridden else where, fix=fix)
+
+
+def _finding(key: str, details: list[ErrorDetails]) -> tuple[str, str]:
+    """What is wrong with `key`, and the fix."""
+    first = details[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'", _unknown_fix(key) if "." in key else _unknown_table_fix(key)
+    if first["type"] == "value_error":  # raised by a validator above, with its fix
+        what, fix = first["ctx"]["error"].args
+        return what, fix
+    if "." not in key:
+        return f"{key} must be a table, not {shown(first['input'])}", f"write [{key}] above its keys"
+    expected = " or ".join(_expectation(detail) for detail in details)
     table, _, name = key.partition(".")
-    section = RunConfig.model_fields.get(table)
-    return section.annotation.model_fields.get(name) if section is not None and name else None  # type: ignore[union-attr]
+    annotation = _sections()[table].model_fields[name].annotation
+    value, fix = first["input"], f"{key} is: {_sections()[table].model_fields[name].description}"
+    if (
+        isinstance(value, str)
+        and annotation is not str
+        and not isinstance(_parse(value, annotation), (str, list))
+    ):
+        fix = f"write {value} without quotes"
+    elif isinstance(value, float) and value.is_integer() and first["type"] == "int_type":
+        fix = f"write {int(value)}"
+    return f"{key} must be {expected}, not {shown(value)}", fix
+
+
+def _expectation(detail: ErrorDetails) -> str:
+    """Completes "must be ..." from pydantic's sentence."""
+    if detail["type"] == "string_pattern_mismatch":
+        return "letters, digits, '.', '_' or '-', not beginning with one of the last three"
+    for begin in ("Input should be ", "String should have ", "Tuple should have "):
+        if detail["msg"].startswith(begin):
+            return detail["msg"].removeprefix(begin)
+    return detail["msg"]
+
+
+def _unknown_table_fix(table: str) -> str:
+    """For something unknown at the top of the file: a mistyped table, or a key above the first [table]."""
+    known = [name for name in _sections() if name in get_close_matches(table, _sections(), n=1)]
+    return f"did you mean [{known[0]}]?" if known else _unknown_fix(table)

@@ -1,4 +1,4 @@
-"""From sample numbers to packed batches. A batch is a pure function of the sample numbers, whoever asks for it and when."""
+"""From sample numbers to packed batches. A batch is a pure function of its sample numbers, whoever asks and when."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from bigtfm.config.problems import DataProblem
 from bigtfm.data.objectives import causal_lm
 from bigtfm.data.order import sample_windows
 
-BLOCK = 4096  # samples whose order is computed at once: the cost of many numpy calls is spread over all of them
+BLOCK = (
+    4096  # samples whose order is computed at once: the cost of many numpy calls is spread over all of them
+)
 
 
 class TokenStream(Protocol):
-    """What the loader asks of a split: see bigtfm.data.indexed.Split."""
+    """What the loader asks of a bigtfm.data.indexed.Split."""
+
+    name: str
 
     @property
     def num_tokens(self) -> int: ...
@@ -43,8 +47,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies do not block the host."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of a model's forward."""
@@ -56,25 +64,36 @@ class Loader:
     """Batches of windows of `seq_len` consecutive positions of a split's token stream.
 
     Window w predicts the tokens w * seq_len + 1 .. (w + 1) * seq_len. With `shuffle`, sample n is a window of epoch
-    n // num_windows, each epoch in an order of its own, all windows full; fewer than seq_len tokens at the end of the split
-    are left out. Without, sample n is window n, and the last one may be shorter: every token is predicted exactly once.
+    n // num_windows, each epoch in an order of its own and all windows full; fewer than seq_len tokens at the end of
+    the split are left out. Without, sample n is window n, and the last one may be shorter: every token is predicted
+    exactly once.
 
     Raises:
         DataProblem: the split has no full window (without `shuffle`: nothing to predict).
     """
 
-    def __init__(self, split: TokenStream, seq_len: int, seed: int, vocab_size: int, shuffle: bool = True) -> None:
-        self.split, self.seq_len, self.seed, self.vocab_size, self.shuffle = split, seq_len, seed, vocab_size, shuffle
+    def __init__(
+        self, split: TokenStream, seq_len: int, seed: int, vocab_size: int, shuffle: bool = True
+    ) -> None:
+        self.split, self.seq_len, self.seed, self.vocab_size, self.shuffle = (
+            split,
+            seq_len,
+            seed,
+            vocab_size,
+            shuffle,
+        )
         self.num_positions = max(0, split.num_tokens - 1)  # the last token is only ever a label
         self.num_windows = self.num_positions // seq_len if shuffle else -(-self.num_positions // seq_len)
         if not self.num_windows:
-            window = f"a window of {seq_len} tokens and the one after it" if shuffle else "a single prediction"
+            window = (
+                f"a window of {seq_len} tokens and the one after it" if shuffle else "a single prediction"
+            )
             raise DataProblem(
                 f"a split of {split.num_tokens} tokens is too short for {window}",
-                where="data set",
+                where=f"data set, {split.name} split",
                 fix="set a smaller data.seq_len or prepare more text",
             )
-        self._block: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._block: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # a memo; it only saves time
 
     def windows(self, first_sample: int, count: int) -> NDArray[np.int64]:
         """Window indices of the samples first_sample .. first_sample + count - 1: int64 [count]."""
@@ -122,16 +141,19 @@ class Loader:
 
     def _read(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[Any]:
         """The windows' tokens and the one after each: [n, seq_len + 1], zeros behind a short one."""
-        rows = [self.split.read(start, stop + 1) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-        tokens = np.zeros((len(rows), self.seq_len + 1), rows[0].dtype)
-        for row, target in zip(rows, tokens, strict=True):
-            target[: len(row)] = row
+        rows = [
+            self.split.read(start, stop + 1)
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+        ]
+        if len(rows[-1]) <= self.seq_len:
+            rows.append(np.zeros(self.seq_len + 1 - len(rows[-1]), rows[-1].dtype))
+        tokens = np.concatenate(rows).reshape(len(starts), self.seq_len + 1)
         if tokens.max() >= self.vocab_size:
-            row_index, column = np.argwhere(tokens >= self.vocab_size)[0]
+            row, column = np.argwhere(tokens >= self.vocab_size)[0]
             raise DataProblem(
-                f"token {starts[row_index] + column} has id {tokens[row_index, column]}, vocabulary size {self.vocab_size}",
-                where=str(getattr(self.split, "path", "data set")),
-                fix="prepare the data set again",
+                f"token {starts[row] + column} has id {tokens[row, column]}, the vocabulary {self.vocab_size} ids",
+                where=f"data set, {self.split.name} split",
+                fix="prepare the data set again with the tokenizer that belongs to it",
             )
         return tokens
 
@@ -141,6 +163,8 @@ class Loader:
         """Flat positions, 1 .. T, at which a document begins in or right after a window (T: after the last)."""
         found = [
             self.split.document_starts(start + 1, stop + 1) + shift
-            for start, stop, shift in zip(starts.tolist(), stops.tolist(), (offsets - starts).tolist(), strict=True)
+            for start, stop, shift in zip(
+                starts.tolist(), stops.tolist(), (offsets - starts).tolist(), strict=True
+            )
         ]
         return np.concatenate(found)

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 IGNORE = -100  # label of a position that predicts nothing: torch's own ignore_index
 
 
-def causal_lm(windows: NDArray[Any], boundaries: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def causal_lm(
+    windows: NDArray[Any], boundaries: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Next-token prediction: the label of a position is the token after it, unless that begins another document.
 
     Args:

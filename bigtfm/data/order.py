@@ -1,7 +1,7 @@
 """Order as a function: which sample stands at which place is computed, never stored.
 
-A keyed permutation of range(size) costs no start-up time and no memory at any size, and sample n does not depend on world
-size, workers, batch sizes or interruptions: the count of samples consumed is all that a checkpoint has to keep.
+A keyed permutation of range(size) costs no start-up time and no memory at any size, and sample n does not depend on
+world size, workers, batch sizes or interruptions: a checkpoint only keeps the count of samples consumed.
 """
 
 from __future__ import annotations
@@ -13,53 +13,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_SIZE = 2**62
-ROUNDS = 8  # 4 suffice for a pseudo-random permutation (Luby & Rackoff 1988); more keep tiny domains well mixed
+ROUNDS = (
+    16  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); 16 choose evenly among those of 6 elements
+)
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 / golden ratio, odd
+ROUND_STEPS = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOLDEN)
 
 
-def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
+def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:
     """Where a keyed bijection of range(size) sends each index: int64 [n] -> int64 [n], both in [0, size).
 
-    A generalised Feistel network on the rectangle rows x columns >= size, with cycle walking: what lands beyond `size` is
-    encrypted again until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
-    The rectangle exceeds `size` by less than its longer side, so walks are rare. The round function is splitmix64's.
+    A generalised Feistel network on the rectangle rows x columns >= size, with cycle walking: what lands beyond
+    `size` is sent on until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2
+    and 3). The rectangle exceeds `size` by less than its longer side, so walks are rare. The round function is
+    splitmix64's finaliser.
 
     Args:
         index: [n]; values in [0, size).
         size: 1 to 2**62.
-        key: chooses the permutation, 0 to 2**64 - 1; see `epoch_key`.
+        key: chooses the permutation, 0 to 2**64 - 1; one for all, or [n], one for each index.
     """
     assert 1 <= size <= MAX_SIZE, f"size {size} is outside 1..2**62"
     assert index.size == 0 or (index.min() >= 0 and index.max() < size), f"an index is outside range({size})"
-    round_keys = _mix(np.uint64(key) + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+    round_keys = _mix(np.array(key, np.uint64, ndmin=1)) + ROUND_STEPS  # [ROUNDS, 1 or n]
     rows = isqrt(size - 1) + 1
     columns = -(-size // rows)
     out = _feistel(index.astype(np.uint64), rows, columns, round_keys)
     while (outside := np.flatnonzero(out >= size)).size:
-        out.flat[outside] = _feistel(out.flat[outside], rows, columns, round_keys)
+        walking = round_keys[:, outside] if round_keys.shape[1] > 1 else round_keys
+        out[outside] = _feistel(out[outside], rows, columns, walking)
     return out.view(np.int64)
 
 
-def _feistel(x: NDArray[np.uint64], rows: int, columns: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(
+    x: NDArray[np.uint64], rows: int, columns: int, round_keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
     """A bijection of range(rows * columns); rows and columns at most 2**31."""
     left = x // np.uint64(columns)
     right = x - left * np.uint64(columns)
-    for i in range(0, ROUNDS, 2):
-        left = _shift(left, right, round_keys[i], np.uint64(rows))
-        right = _shift(right, left, round_keys[i + 1], np.uint64(columns))
+    for even, odd in zip(round_keys[::2], round_keys[1::2], strict=True):
+        left = _shift(left, right, even, np.uint64(rows))
+        right = _shift(right, left, odd, np.uint64(columns))
     left *= np.uint64(columns)
     left += right
     return left
 
 
-def _shift(half: NDArray[np.uint64], other: NDArray[np.uint64], key: np.uint64, modulus: np.uint64) -> NDArray[np.uint64]:
+def _shift(
+    half: NDArray[np.uint64], other: NDArray[np.uint64], key: NDArray[np.uint64], modulus: np.uint64
+) -> NDArray[np.uint64]:
     """(half + a hash of `other` in [0, modulus)) mod modulus: undone by subtracting, so each round is a bijection."""
     shift = _mix(other + key)
     shift >>= np.uint64(32)
     shift *= modulus
     shift >>= np.uint64(32)  # multiply-shift instead of a division: 32 hash bits scaled to [0, modulus)
     shift += half
-    return np.minimum(shift, shift - modulus)  # below the modulus the difference wraps round to a huge number
+    np.minimum(
+        shift, shift - modulus, out=shift
+    )  # below the modulus the difference wraps round to a huge number
+    return shift
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -72,10 +84,9 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z
 
 
-def epoch_key(seed: int, epoch: int) -> int:
-    """The key of an epoch's permutation, 64 bits; both arguments are 0 to 2**63 - 1."""
-    material = seed.to_bytes(8, "little") + epoch.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(material, digest_size=8, person=b"bigtfm order").digest(), "little")
+def epoch_key(seed: int, epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Keys of epochs' permutations: int64 [n] -> uint64 [n], drawn from a splitmix64 that starts at the mixed seed."""
+    return _mix(_mix(np.array([seed], np.uint64)) + epoch.astype(np.uint64) * np.uint64(GOLDEN))
 
 
 def sample_windows(first: int, count: int, size: int, seed: int) -> NDArray[np.int64]:
@@ -83,16 +94,14 @@ def sample_windows(first: int, count: int, size: int, seed: int) -> NDArray[np.i
 
     Sample n belongs to epoch n // size; each epoch runs through all `size` windows once, in an order of its own.
     """
-    out = np.empty(count, np.int64)
-    done = 0
-    while done < count:
-        epoch, place = divmod(first + done, size)
-        stop = min(count, done + size - place)
-        out[done:stop] = permute(np.arange(place, place + stop - done), size, epoch_key(seed, epoch))
-        done = stop
-    return out
+    sample = np.arange(first, first + count)
+    epoch = sample // size
+    place = sample - epoch * size
+    if count and epoch[0] == epoch[-1]:
+        epoch = epoch[:1]
+    return permute(place, size, epoch_key(seed, epoch))
 
 
 def digest(samples: NDArray[np.int64]) -> str:
-    """Fingerprint of a sequence of sample numbers or window indices: 16 hex digits of BLAKE2b over little-endian int64."""
+    """Fingerprint of sample numbers or window indices in order: 16 hex digits, BLAKE2b over little-endian int64."""
     return hashlib.blake2b(np.asarray(samples, dtype="<i8").tobytes(), digest_size=8).hexdigest()

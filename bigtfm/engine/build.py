@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.engine import schedules
+from bigtfm.engine import fragments, schedules
 from bigtfm.model.transformer import init_weights
 
 OWN_SCHEDULES = {"InverseSquareRoot", "WSD", "ReduceOnPlateau"}
@@ -36,6 +36,7 @@ def build_engine(
     config = copy.deepcopy(config)  # initialize() pops from and merges into what it is given
     on_cpu = get_accelerator().device_name() == "cpu"
     _require_precision(config)
+    config["zero_allow_untested_optimizer"] = True  # the JSON's check has refused what is not the same at every stage
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage == 3 and recompute == "selective":
@@ -54,9 +55,32 @@ def build_engine(
         optimizer=optimizer,
         config=config,
     )
+    _undo_dry_run(engine)
     if schedule is not None:  # bound late: at stages 1 and 2 DeepSpeed replaces a torch Adagrad by a new one
         engine.lr_scheduler = schedule(engine.optimizer)
     return engine
+
+
+def _undo_dry_run(engine: deepspeed.DeepSpeedEngine) -> None:
+    """At stage 0 in fp16 and bf16 DeepSpeed takes a step on zero gradients to allocate the moments.
+
+    It decays the masters and counts as an update in Adam's bias correction, so the curve would leave the other stages'.
+    """
+    wrapper = engine.optimizer
+    if engine.zero_optimization() or not hasattr(wrapper, "initialize_optimizer_states"):
+        return
+    optimizer = fragments.base_optimizer(engine)
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.pop("step", None)
+    with torch.no_grad():
+        if hasattr(wrapper, "fp32_groups_flat"):
+            pairs = list(zip(wrapper.fp32_groups_flat, wrapper.fp16_groups_flat, strict=True))
+        else:
+            groups = zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+            pairs = [pair for group in groups for pair in zip(*group, strict=True)]
+        for master, weight in pairs:
+            master.copy_(weight)
 
 
 def _gather(parameter: nn.Parameter) -> Any:
@@ -103,7 +127,6 @@ def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.
     import pytorch_optimizer
 
     del config["optimizer"]
-    config["zero_allow_untested_optimizer"] = True
     if kind == "lion":
         return partial(pytorch_optimizer.Lion, **_only(params, ("lr", "betas", "weight_decay")))
     known = _only(params, ("lr", "betas", "eps", "weight_decay", "max_grad_norm"))

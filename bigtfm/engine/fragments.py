@@ -128,12 +128,13 @@ def restore_moment(engine: Any, fragment: Fragment, key: str) -> torch.Tensor:
 def restore_update_count(engine: Any, fragment: Fragment, count: float) -> None:
     """Sets the optimizer's own count where this kind of optimizer keeps it."""
     optimizer = base_optimizer(engine)
-    kind, state = type(optimizer).__name__, optimizer.state[fragment.flat]
+    keeper = getattr(optimizer, "aux_optimizer", None) or optimizer  # Muon leaves embeddings and vectors to an Adam
+    kind, state = type(keeper).__name__, optimizer.state[fragment.flat]
     if kind in _STEP_IN_GROUP:
         optimizer.param_groups[fragment.group]["step"] = int(count)
     elif kind in _STEP_IN_STATE:
         state["step"] = int(count)
-    elif isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.Adagrad):
+    elif isinstance(keeper, torch.optim.Adam | torch.optim.AdamW | torch.optim.Adagrad):
         state["step"] = torch.tensor(float(count))
 
 

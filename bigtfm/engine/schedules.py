@@ -1,7 +1,7 @@
 """The learning-rate schedules that DeepSpeed lacks, with the interface that its engine asks of a scheduler object.
 
-The engine calls `step()` after every update that it applied (not after one that overflowed). Updates are numbered from 1; the
-constructor sets the lr of update 1, so that no update is spent on an lr of 0.
+The engine calls `step()` after every update that it applied (not after one that overflowed). Updates are numbered from 1;
+the constructor sets the lr of update 1, so that no update is spent on an lr of 0.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
@@ -24,19 +24,24 @@ def warmup(step: int, warmup_num_steps: int) -> float:
 
 
 def inverse_square_root(step: int, warmup_num_steps: int) -> float:
-    """min(step / warmup, sqrt(warmup / step)): Vaswani et al. 2017, "Attention is all you need", eq. 3, scaled to a peak of 1."""
+    """min(step / warmup, sqrt(warmup / step)): Vaswani et al. 2017, "Attention is all you need", eq. 3, peak 1."""
     peak = max(1, warmup_num_steps)
     return min(step / peak, math.sqrt(peak / step))
 
 
 def wsd(
-    step: int, total_num_steps: int, warmup_num_steps: int, decay_num_steps: int, min_lr_ratio: float, decay_type: Decay
+    step: int,
+    total_num_steps: int,
+    warmup_num_steps: int,
+    decay_num_steps: int,
+    min_lr_ratio: float,
+    decay_type: Decay,
 ) -> float:
-    """Warm-up, stable, decay: Hu et al. 2024 (MiniCPM); the 1 - sqrt form is Hägele et al. 2024, "Scaling laws and compute-
-    optimal training beyond fixed training durations".
+    """Warm-up, stable, decay: Hu et al. 2024 (MiniCPM); 1 - sqrt is Hägele et al. 2024, "Scaling laws and
+    compute-optimal training beyond fixed training durations".
 
-    Progress of the decay counts finished updates, as Hägele et al. do: its first update still has the full lr, and the
-    minimum is reached after update total_num_steps, so that the last one moves the weights.
+    The decay counts finished updates, as the latter do: its first update still has the full lr, and the minimum comes
+    after update total_num_steps, so that the last one still moves the weights.
     """
     finished = step - 1 - (total_num_steps - decay_num_steps)
     progress = min(1.0, max(0, finished) / max(1, decay_num_steps))
@@ -108,11 +113,17 @@ def WSD(
     _require(warmup_num_steps >= 0, "warmup_num_steps", f"must be 0 or more, not {warmup_num_steps}")
     _require(decay_num_steps >= 0, "decay_num_steps", f"must be 0 or more, not {decay_num_steps}")
     _require(0 <= min_lr_ratio <= 1, "min_lr_ratio", f"must lie between 0 and 1, not {min_lr_ratio}")
-    _require(decay_type in ("linear", "cosine", "sqrt"), "decay_type", f"must be linear, cosine or sqrt, not {decay_type}")
+    _require(
+        decay_type in get_args(Decay), "decay_type", f"must be one of {get_args(Decay)}, not {decay_type!r}"
+    )
     both = warmup_num_steps + decay_num_steps
-    _require(both <= total_num_steps, "total_num_steps", f"is {total_num_steps}, less than warm-up and decay together ({both})")
-    values = {"total_num_steps": total_num_steps, "warmup_num_steps": warmup_num_steps, "decay_num_steps": decay_num_steps}
-    return Schedule(optimizer, lr, partial(wsd, **values, min_lr_ratio=min_lr_ratio, decay_type=decay_type))
+    what = f"is {total_num_steps}, less than warmup_num_steps and decay_num_steps together ({both})"
+    _require(both <= total_num_steps, "total_num_steps", what)
+
+    def multiplier(step: int) -> float:
+        return wsd(step, total_num_steps, warmup_num_steps, decay_num_steps, min_lr_ratio, decay_type)
+
+    return Schedule(optimizer, lr, multiplier)
 
 
 class ReduceOnPlateau(Schedule):
@@ -140,12 +151,13 @@ class ReduceOnPlateau(Schedule):
         _require(0 <= threshold < 1, "threshold", f"must be at least 0 and below 1, not {threshold}")
         _require(0 <= min_lr <= lr, "min_lr", f"must lie between 0 and lr, not {min_lr}")
         _require(warmup_num_steps >= 0, "warmup_num_steps", f"must be 0 or more, not {warmup_num_steps}")
-        self.factor, self.patience, self.threshold, self.warmup_num_steps = factor, patience, threshold, warmup_num_steps
-        self.floor = min_lr / lr
+        self.factor, self.patience, self.threshold = factor, patience, threshold
         self.scale = 1.0
         self.best: float | None = None  # None rather than infinity: JSON has no infinity
         self.waited = 0
-        super().__init__(optimizer, lr, lambda step: warmup(step, warmup_num_steps) * max(self.floor, self.scale))
+        super().__init__(
+            optimizer, lr, lambda step: warmup(step, warmup_num_steps) * max(min_lr / lr, self.scale)
+        )
 
     def observe(self, validation_loss: float) -> None:
         """Take note of an evaluation's loss; the next update has the new lr."""
@@ -168,4 +180,4 @@ class ReduceOnPlateau(Schedule):
 
 def _require(holds: bool, name: str, what: str) -> None:
     if not holds:
-        raise ConfigProblem(f"{name} {what}", where="DeepSpeed JSON, scheduler.params", fix=f"correct scheduler.params.{name}")
+        raise ConfigProblem(f"{name} {what}", where="DeepSpeed JSON, scheduler", fix=f"correct {name}")

@@ -1,0 +1,307 @@
+"""The token data set on disk, and its memory-mapped reader. NumPy only.
+
+A data set is a folder:
+
+    dataset.json             the header: everything below is checked against it
+    train-00000.bin ...      token ids, little-endian uint16 or uint32; documents stand as  BOS t1 ... tn EOS
+    train-00000.idx ...      where documents begin in the .bin of that name: uint64 positions, in tokens
+    validation-00000.bin ... the same for the validation split
+    tokenizer/               the tokenizer's own files
+
+The files of a split follow each other in one stream of tokens; a document never runs over a file's end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bigtfm.config.problems import DataProblem, did_you_mean
+
+FORMAT = "bigtfm-tokens"
+VERSION = 1
+HEADER_NAME = "dataset.json"
+TOKENIZER_FOLDER = "tokenizer"
+INDEX_DTYPE = np.dtype("<u8")
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+SHA256 = r"^[0-9a-f]{64}$"
+
+SplitName = Literal["train", "validation"]
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TokenFile(_Strict):
+    """A .bin and its .idx."""
+
+    name: str = Field(pattern=FILE_NAME)
+    tokens: int = Field(ge=1)
+    documents: int = Field(ge=1)
+    sha256: str = Field(pattern=SHA256)
+    index: str = Field(pattern=FILE_NAME)
+    index_sha256: str = Field(pattern=SHA256)
+
+
+class SplitHeader(_Strict):
+    """Counts of a split; `bytes` is those of the documents' text, `max_id` the largest token id (-1: no tokens)."""
+
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    max_id: int = Field(ge=-1)
+    files: tuple[TokenFile, ...] = Field(strict=False)
+
+    @model_validator(mode="after")
+    def _counts_add_up(self) -> SplitHeader:
+        for name in ("tokens", "documents"):
+            total = sum(getattr(file, name) for file in self.files)
+            if getattr(self, name) != total:
+                raise ValueError(f"{name} is {getattr(self, name)}, but the files hold {total}")
+        return self
+
+
+class TokenizerFile(_Strict):
+    name: str = Field(pattern=FILE_NAME)
+    sha256: str = Field(pattern=SHA256)
+
+
+class TokenizerHeader(_Strict):
+    """`identity` is the SHA-256 of the first file, the model."""
+
+    kind: Literal["sentencepiece", "huggingface"]
+    identity: str = Field(pattern=SHA256)
+    bos_id: int = Field(ge=0)
+    eos_id: int = Field(ge=0)
+    files: tuple[TokenizerFile, ...] = Field(strict=False, min_length=1)
+
+
+class Header(_Strict):
+    """dataset.json."""
+
+    format: Literal["bigtfm-tokens"] = "bigtfm-tokens"
+    version: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int = Field(ge=1, le=2**31)
+    tokenizer: TokenizerHeader
+    splits: dict[SplitName, SplitHeader] = Field(min_length=2)
+    source: dict[str, Any]
+    options: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> Header:
+        if self.dtype == "uint16" and self.vocab_size > 65536:
+            raise ValueError(f"a vocabulary of {self.vocab_size} doesn't fit uint16")
+        for name, split in self.splits.items():
+            if split.max_id >= self.vocab_size:
+                raise ValueError(
+                    f"{name} holds id {split.max_id}, beyond the vocabulary of {self.vocab_size}"
+                )
+        if max(self.tokenizer.bos_id, self.tokenizer.eos_id) >= self.vocab_size:
+            raise ValueError(f"the tokenizer's BOS or EOS id is beyond the vocabulary of {self.vocab_size}")
+        return self
+
+
+class Split:
+    """One split of a data set: a stream of tokens, read where it is needed."""
+
+    def __init__(self, name: SplitName, header: SplitHeader, folder: Path, dtype: np.dtype[Any]) -> None:
+        self.name = name
+        self.header = header
+        self._tokens = [_map(folder / file.name, dtype, file.tokens) for file in header.files]
+        self._starts = [_map(folder / file.index, INDEX_DTYPE, file.documents) for file in header.files]
+        self._offsets = list(accumulate((file.tokens for file in header.files), initial=0))
+        self._dtype = dtype
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, BOS and EOS included."""
+        return self.header.tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self.header.documents
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes (UTF-8) of the documents' text: what bits per byte are counted on."""
+        return self.header.bytes
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens [start, stop) of the stream, uint16 or uint32; a read-only view where they lie in one file.
+
+        Raises:
+            IndexError: the range isn't within the split.
+        """
+        parts = [self._tokens[file][a:b] for file, a, b in self._parts(start, stop)]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=self._dtype)
+
+    def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Positions p in the stream, start <= p < stop, at which a document begins; int64 [documents]."""
+        parts = []
+        for file, a, b in self._parts(start, stop):
+            # uint64 keys: with any other type NumPy would convert the whole index first
+            first, last = np.searchsorted(self._starts[file], np.array([a, b], dtype=INDEX_DTYPE))
+            parts.append(self._starts[file][first:last].astype(np.int64) + self._offsets[file])
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(file, first, last) for each file that [start, stop) touches; positions are the file's own."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"[{start}, {stop}) isn't within the {self.num_tokens} tokens of {self.name}")
+        parts = []
+        file = bisect_right(self._offsets, start) - 1
+        while start < stop:
+            end = min(stop, self._offsets[file + 1])
+            parts.append((file, start - self._offsets[file], end - self._offsets[file]))
+            start, file = end, file + 1
+        return parts
+
+
+class TokenDataset:
+    """A prepared data set. Opening it costs O(number of files), whatever the number of tokens."""
+
+    def __init__(self, path: Path, header: Header, identity: str) -> None:
+        self.path = path
+        self.header = header
+        self.identity = identity  # SHA-256 of dataset.json, in hex: it names every byte of the data set
+        dtype = np.dtype(header.dtype).newbyteorder("<")
+        self._splits = {name: Split(name, split, path, dtype) for name, split in header.splits.items()}
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenDataset:
+        """Open the data set in folder `path`.
+
+        Raises:
+            DataProblem: it is missing, unfinished, damaged, of another version, or its tokenizer is another one.
+        """
+        path = Path(path)
+        try:
+            text = (path / HEADER_NAME).read_bytes()
+        except FileNotFoundError:
+            what = (
+                "no such data set"
+                if not path.is_dir()
+                else f"holds no finished data set ({HEADER_NAME} is missing)"
+            )
+            raise DataProblem(what, where=str(path), fix=_prepare_again(path)) from None
+        except OSError as error:
+            raise DataProblem(
+                f"can't be read: {error}", where=str(path), fix="check its permissions"
+            ) from None
+        header = _parse_header(text, path)
+        dataset = cls(path, header, hashlib.sha256(text).hexdigest())
+        dataset._check_tokenizer()
+        return dataset
+
+    @property
+    def vocab_size(self) -> int:
+        return self.header.vocab_size
+
+    @cached_property
+    def tokenizer_path(self) -> Path:
+        """The folder for `load_tokenizer`."""
+        return self.path / TOKENIZER_FOLDER
+
+    def split(self, name: str) -> Split:
+        """The split `name`: train or validation.
+
+        Raises:
+            DataProblem: there is no such split.
+        """
+        for known, split in self._splits.items():
+            if known == name:
+                return split
+        raise DataProblem(f"no split '{name}'", where=str(self.path), fix=did_you_mean(name, self._splits))
+
+    def verify(self) -> None:
+        """Read every file and compare its SHA-256 with the header's.
+
+        Raises:
+            DataProblem: a file differs (the line names it).
+        """
+        for split in self.header.splits.values():
+            for file in split.files:
+                _compare(self.path / file.name, file.sha256, self.path)
+                _compare(self.path / file.index, file.index_sha256, self.path)
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        tokenizer = self.header.tokenizer
+        for file in tokenizer.files:
+            _compare(self.tokenizer_path / file.name, file.sha256, self.path)
+        if tokenizer.files[0].sha256 != tokenizer.identity:
+            what = f"the tokenizer's identity isn't the SHA-256 of {tokenizer.files[0].name}"
+            raise DataProblem(what, where=str(self.path / HEADER_NAME), fix=_prepare_again(self.path))
+
+
+def _parse_header(text: bytes, folder: Path) -> Header:
+    where = str(folder / HEADER_NAME)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataProblem(
+            f"the header is no JSON: {error}", where=where, fix=_prepare_again(folder)
+        ) from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise DataProblem(
+            "not the header of a bigtfm data set",
+            where=where,
+            fix="pass a folder that `bigtfm prepare` wrote",
+        )
+    if values.get("version") != VERSION:
+        what = f"format version {values.get('version')}, but this bigtfm reads {VERSION}"
+        raise DataProblem(what, where=where, fix=_prepare_again(folder))
+    try:
+        return Header.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"damaged header: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
+        raise DataProblem(what, where=where, fix=_prepare_again(folder)) from None
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    try:
+        size = path.stat().st_size
+        if size == count * dtype.itemsize:
+            # a plain array over the map: slicing np.memmap itself costs microseconds
+            return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,)))
+    except FileNotFoundError:
+        raise DataProblem("missing file", where=str(path), fix=_prepare_again(path.parent)) from None
+    except OSError as error:
+        raise DataProblem(f"can't be read: {error}", where=str(path), fix="check its permissions") from None
+    what = f"{size} bytes, but the header says {count * dtype.itemsize}"
+    raise DataProblem(what, where=str(path), fix=_prepare_again(path.parent))
+
+
+def _compare(path: Path, sha256: str, folder: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataProblem("missing file", where=str(path), fix=_prepare_again(folder)) from None
+    except OSError as error:
+        raise DataProblem(f"can't be read: {error}", where=str(path), fix="check its permissions") from None
+    if found != sha256:
+        what = f"its SHA-256 is {found[:12]}, but the header says {sha256[:12]}: the file was changed"
+        raise DataProblem(what, where=str(path), fix=_prepare_again(folder))
+
+
+def _prepare_again(folder: Path) -> str:
+    if (folder / HEADER_NAME).exists():
+        return f"write it again with `bigtfm prepare --out {folder} --force` and the same inputs"
+    return f"run `bigtfm prepare --out {folder}` (add --input FILE for your own text)"

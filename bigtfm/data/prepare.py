@@ -1,0 +1,461 @@
+"""`bigtfm prepare`: text of any kind and size into a token data set (format: see indexed.py).
+
+The input is cut into units of work, a function of the input alone. Workers tokenise units into a folder below OUT/.prepare;
+at the end the units are joined in order. So the result is the same byte for byte whatever the number of workers, and after
+a kill the same command goes on with the units that are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem, did_you_mean
+from bigtfm.data.indexed import HEADER_NAME, TOKENIZER_FOLDER, Header, TokenDataset
+from bigtfm.data.sources import EMBEDDED, READ_BYTES, Reading, Source, Unit, find_sources, plan_units
+from bigtfm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from bigtfm.data.train_tokenizer import ModelType, sample_documents, train_sentencepiece
+from bigtfm.data.units import SPLITS, Counts, Job, Record, join_units, read_record, unit_folder, write_synced
+from bigtfm.data.workers import STORAGE_FIX, run_units
+
+WORK_FOLDER = ".prepare"
+PLAN_NAME = "prepare.json"  # what command made the data set; the header says what it holds
+FILE_BYTES = 2**30
+
+Report = Callable[[str, int, int], None]  # stage, done, total: in bytes of input
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was prepared. `existing`: it was there already."""
+
+    path: Path
+    tokenizer: str  # kind
+    vocab_size: int
+    identity: str  # of the tokenizer
+    splits: dict[str, Counts] = field(default_factory=dict)
+    empty_documents: int = 0
+    seconds: float = 0.0
+    existing: bool = False
+
+
+def prepare(
+    inputs: Sequence[str] = (EMBEDDED,),
+    out: str | Path = "data/quickstart",
+    *,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    model_type: ModelType = "bpe",
+    text_column: str = "text",
+    validation_fraction: float = 0.05,
+    document_bytes: int | None = None,
+    stdin_format: str = "txt",
+    workers: int | None = None,
+    force: bool = False,
+    progress: bool = True,
+    unit_bytes: int | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> Summary:
+    """Make the data set in folder `out` from `inputs`: files, folders, "-" (stdin), "embedded", hf:NAME[@CONFIG][:SPLIT].
+
+    Args:
+        tokenizer: a sentencepiece .model, a tokenizer.json or a folder; None: train a sentencepiece model on the input.
+        vocab_size: pieces to train; None: what suits the size of the text (2048 for the embedded corpus).
+        model_type: bpe or unigram.
+        text_column: column (of .parquet, .csv) or key (of .jsonl) that holds the text.
+        validation_fraction: of the documents, chosen by their hash; if that picks none, the first by hash is taken.
+        document_bytes: size, about, of the documents that a .txt is cut into; None: a hundredth of the text, 1 to 64 KiB.
+        stdin_format: txt, jsonl or csv: what "-" is.
+        workers: processes; None: one a core.
+        force: replace a data set, or unfinished work, of another command.
+        progress: show a bar on stderr if that is a terminal.
+        unit_bytes: input bytes in a unit of work; None: 2 to 64 MiB, growing with the input.
+        file_bytes: a token file ends with the unit at which it reaches this size.
+
+    Raises:
+        ConfigProblem, DataProblem, StorageProblem: one line each.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    _check_options(
+        inputs, tokenizer, vocab_size, model_type, validation_fraction, document_bytes, stdin_format, workers
+    )
+    given = load_tokenizer(tokenizer) if tokenizer is not None else None
+    with _storage_errors(out), _locked(out) as work:
+        sources = find_sources(inputs, _spool_stdin(work, stdin_format) if "-" in inputs else None)
+        reading = _reading(sources, text_column, document_bytes, unit_bytes)
+        options = {
+            "text_column": text_column,
+            "document_bytes": reading.document_bytes,
+            "validation_fraction": validation_fraction,
+            "unit_bytes": reading.unit_bytes,
+            "file_bytes": file_bytes,
+            "tokenizer": given.identity if given else f"{model_type} {vocab_size or 'auto'}",
+        }
+        plan = {"inputs": list(map(_name, inputs)), "sources": _fingerprint(sources), "options": options}
+        if _is_finished(out, plan, force):
+            shutil.rmtree(work)
+            return _describe(TokenDataset.open(out), started)
+        _continue_or_start(work, plan, force)
+        with _reporting(progress) as report:
+            units = plan_units(sources, reading)
+            model = _tokenizer(work, given, units, reading, vocab_size, model_type, report)
+            dtype = "uint16" if model.vocab_size <= 65536 else "uint32"
+            job = Job(work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction)
+            records, folders = _tokenise(job, units, workers or len(os.sched_getaffinity(0)), report)
+            header = _join(
+                job, records, folders, model, plan, sum(source.size for source in sources), file_bytes
+            )
+        _publish(out, work, header, plan)
+        empty = sum(record.empty_documents for record in records)
+        return _describe(TokenDataset.open(out), started, empty_documents=empty, existing=False)
+
+
+def _check_options(
+    inputs: Sequence[str],
+    tokenizer: str | Path | None,
+    vocab_size: int | None,
+    model_type: str,
+    validation_fraction: float,
+    document_bytes: int | None,
+    stdin_format: str,
+    workers: int | None,
+) -> None:
+    def check(fine: bool, what: str, fix: str) -> None:
+        if not fine:
+            raise ConfigProblem(what, where="bigtfm prepare", fix=fix)
+
+    check(bool(inputs), "no input", "pass --input")
+    types, formats = get_args(ModelType), ("txt", "jsonl", "csv")
+    check(model_type in types, f"unknown --model-type '{model_type}'", did_you_mean(model_type, types))
+    check(
+        stdin_format in formats,
+        f"unknown --stdin-format '{stdin_format}'",
+        did_you_mean(stdin_format, formats),
+    )
+    # (comparisons with NaN are false)
+    check(
+        0 <= validation_fraction < 1,
+        f"--validation-fraction is {validation_fraction}",
+        "pass a number in [0, 1)",
+    )
+    check(
+        vocab_size is None or tokenizer is None,
+        "--vocab-size is given, but --tokenizer has its own",
+        "drop one of them",
+    )
+    check(
+        vocab_size is None or 259 < vocab_size <= 1_000_000,
+        f"--vocab-size is {vocab_size}",
+        "pass 260 to 1000000 pieces",
+    )
+    check(
+        document_bytes is None or document_bytes > 0,
+        f"--document-bytes is {document_bytes}",
+        "pass a positive number",
+    )
+    check(workers is None or workers > 0, f"--workers is {workers}", "pass a positive number of processes")
+
+
+def _reading(
+    sources: Sequence[Source], text_column: str, document_bytes: int | None, unit_bytes: int | None
+) -> Reading:
+    text = sum(source.size for source in sources if source.kind.startswith("txt"))
+    total = sum(source.size for source in sources)
+    return Reading(
+        text_column,
+        document_bytes or min(max(text // 100, 1024), 65536),
+        unit_bytes or min(max(total // 2048, 2 << 20), 64 << 20),
+    )
+
+
+def _name(given: str) -> str:
+    return given if given in ("-", EMBEDDED) or given.startswith("hf:") else Path(given).resolve().name
+
+
+def _fingerprint(sources: Sequence[Source]) -> str:
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(repr(source).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _storage_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageProblem(f"can't be written: {error}", where=str(out), fix=STORAGE_FIX) from None
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[Path]:
+    """OUT/.prepare, for this process alone."""
+    if out.exists() and not out.is_dir():
+        raise ConfigProblem("is a file", where=str(out), fix="pass a folder with --out")
+    work = out / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fix = "wait for it, or pass another --out"
+            raise DataProblem("another `bigtfm prepare` is at work here", where=str(out), fix=fix) from None
+        try:
+            yield work
+        finally:
+            if work.exists() and os.listdir(work) == ["lock"]:
+                shutil.rmtree(work)  # nothing to go on with
+
+
+def _spool_stdin(work: Path, stdin_format: str) -> Source:
+    """Standard input as a file: it is read twice, and again after a kill (whoever sends it sends the same)."""
+    path = work / f"stdin.{stdin_format}"
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        while block := sys.stdin.buffer.read(READ_BYTES):
+            digest.update(block)
+            file.write(block)
+        size = file.tell()
+    return Source(str(path.resolve()), stdin_format, size, int.from_bytes(digest.digest()[:8], "big"))
+
+
+def _is_finished(out: Path, plan: dict[str, Any], force: bool) -> bool:
+    """Whether the data set is there already, made by the same command.
+
+    Raises:
+        DataProblem: it is there, made by another command, and not `force`.
+    """
+    if force or not (out / HEADER_NAME).exists():
+        return False
+    made = _read_json(out / PLAN_NAME)
+    if made != plan:
+        what = f"holds a data set of another command ({_difference(made, plan)})"
+        raise DataProblem(what, where=str(out), fix="pass another --out, or --force to replace it")
+    return True
+
+
+def _continue_or_start(work: Path, plan: dict[str, Any], force: bool) -> None:
+    """Keep the finished units of the same command; with `force`, clear those of another one."""
+    path = work / PLAN_NAME
+    if path.exists() and (made := _read_json(path)) != plan:
+        if not force:
+            what = f"holds unfinished work of another command ({_difference(made, plan)})"
+            raise DataProblem(
+                what, where=str(work.parent), fix="finish it with that command, or pass --force to start over"
+            )
+        for name in ("units", TOKENIZER_FOLDER):
+            shutil.rmtree(work / name, ignore_errors=True)
+    write_synced(path.with_suffix(".new"), json.dumps(plan).encode())
+    path.with_suffix(".new").replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _difference(made: Any, plan: dict[str, Any]) -> str:
+    if not isinstance(made, dict):
+        return "it can't be told which"
+    old, new = {**made, **made.get("options", {})}, {**plan, **plan["options"]}
+    for key in ("inputs", *plan["options"]):
+        if old.get(key) != new[key]:
+            return f"{key} was {old.get(key)}, is {new[key]}"
+    return "the input files have changed since"
+
+
+def _tokenizer(
+    work: Path,
+    given: Tokenizer | None,
+    units: Sequence[Unit],
+    reading: Reading,
+    vocab_size: int | None,
+    model_type: ModelType,
+    report: Report,
+) -> Tokenizer:
+    """The data set's tokenizer, in work/tokenizer: the given one, that of an interrupted run, or a new one."""
+    folder = work / TOKENIZER_FOLDER
+    if folder.exists():
+        return load_tokenizer(folder)
+    if given is None:
+        sample = sample_documents(units, reading, report)
+        given = SentencePieceTokenizer(
+            train_sentencepiece(sample, vocab_size=vocab_size, model_type=model_type)
+        )
+    unfinished = work / f"{TOKENIZER_FOLDER}.new"
+    given.save(unfinished)
+    unfinished.rename(folder)
+    return given
+
+
+def _tokenise(
+    job: Job, units: Sequence[Unit], workers: int, report: Report
+) -> tuple[list[Record], list[Path]]:
+    """The record and folder of every unit, those of an interrupted run kept."""
+    numbers = range(len(units))
+    records = _records(job, units, numbers, workers, report, None)
+    folders = [unit_folder(job, number, None) for number in numbers]
+    documents = sum(counts.documents for record in records for counts in record.splits.values())
+    if not documents:
+        raise DataProblem(
+            "no text in the input", where="bigtfm prepare", fix="check --input and --text-column"
+        )
+    if job.validation_fraction and not any(record.splits["validation"].documents for record in records):
+        chosen = min(record.smallest_hash for record in records)
+        again = [number for number in numbers if records[number].smallest_hash == chosen]
+        for number, record in zip(again, _records(job, units, again, workers, report, chosen), strict=True):
+            records[number], folders[number] = record, unit_folder(job, number, chosen)
+    if not any(record.splits["train"].documents for record in records):
+        fix = "give more text, a smaller --document-bytes, or --validation-fraction 0"
+        raise DataProblem(
+            "every document went to validation, none is left to train on", where="bigtfm prepare", fix=fix
+        )
+    return records, folders
+
+
+def _records(
+    job: Job, units: Sequence[Unit], numbers: Sequence[int], workers: int, report: Report, chosen: int | None
+) -> list[Record]:
+    records = {number: read_record(job, number, chosen) for number in numbers}
+    pending = [number for number in numbers if records[number] is None]
+    weight = {number: sum(span.weight for span in units[number]) for number in numbers}
+    total = sum(weight.values())
+    done = total - sum(weight[number] for number in pending)
+    report("tokenising", done, total)
+    for number, record in run_units(job, units, pending, workers, chosen):
+        records[number] = record
+        done += weight[number]
+        report("tokenising", done, total)
+    return [record for record in records.values() if record is not None]
+
+
+def _join(
+    job: Job,
+    records: Sequence[Record],
+    folders: Sequence[Path],
+    tokenizer: Tokenizer,
+    plan: dict[str, Any],
+    source_bytes: int,
+    file_bytes: int,
+) -> bytes:
+    """Join the units into .prepare/final; returns the header's text."""
+    final = job.units.parent / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    splits = {}
+    for name in SPLITS:
+        total = Counts()
+        for record in records:
+            total.add(record.splits[name])
+        splits[name] = {**vars(total), "files": join_units(job, name, folders, final, file_bytes)}
+    tokenizer.save(final / TOKENIZER_FOLDER)
+    header = {
+        "format": "bigtfm-tokens",
+        "version": 1,
+        "dtype": job.dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "identity": tokenizer.identity,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "files": [
+                {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in tokenizer.files.items()
+            ],
+        },
+        "splits": splits,
+        "source": {"inputs": plan["inputs"], "bytes": source_bytes},
+        "options": plan["options"],
+    }
+    Header.model_validate(header)  # ours to get right: not a user's mistake
+    return json.dumps(header, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _publish(out: Path, work: Path, header: bytes, plan: dict[str, Any]) -> None:
+    """Move .prepare/final into place. A data set is there when its header is, so that goes first and comes last."""
+    (out / HEADER_NAME).unlink(missing_ok=True)
+    for split in SPLITS:  # a data set that is replaced may have had more files
+        for old in [*out.glob(f"{split}-*.bin"), *out.glob(f"{split}-*.idx")]:
+            old.unlink()
+    shutil.rmtree(out / TOKENIZER_FOLDER, ignore_errors=True)
+    for new in sorted((work / "final").iterdir()):
+        new.rename(out / new.name)
+    write_synced(out / PLAN_NAME, json.dumps(plan).encode())
+    _sync_folder(out)
+    write_synced(work / HEADER_NAME, header)
+    (work / HEADER_NAME).rename(out / HEADER_NAME)
+    _sync_folder(out)
+    shutil.rmtree(work)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _describe(
+    dataset: TokenDataset, started: float, *, empty_documents: int = 0, existing: bool = True
+) -> Summary:
+    header = dataset.header
+    splits = {
+        str(name): Counts(s.documents, s.tokens, s.bytes, s.max_id) for name, s in header.splits.items()
+    }
+    return Summary(
+        dataset.path,
+        header.tokenizer.kind,
+        header.vocab_size,
+        header.tokenizer.identity,
+        splits,
+        empty_documents,
+        time.monotonic() - started,
+        existing,
+    )
+
+
+@contextmanager
+def _reporting(progress: bool) -> Iterator[Report]:
+    """A bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not (progress and console.is_terminal)
+    ) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total or None)
+
+        yield report

@@ -1,0 +1,251 @@
+"""One unit of `bigtfm prepare`'s work: its documents' tokens on disk, complete or not there at all; then all units joined.
+
+A finished unit is a folder  units/00000012/  with train.bin, train.idx, validation.bin, validation.idx (as in the data set,
+positions counted from the unit's start) and record.json. It is written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from bigtfm.data.indexed import INDEX_DTYPE
+from bigtfm.data.sources import Reading, Unit, read_documents
+from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
+
+SPLITS = ("train", "validation")
+BATCH_BYTES = 1 << 20  # documents are tokenised some at a time, about this many bytes
+COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every unit of a data set shares."""
+
+    units: Path  # the folder that holds units
+    tokenizer: Path
+    dtype: str
+    reading: Reading
+    validation_fraction: float
+
+
+@dataclass
+class Counts:
+    """What a split holds; `bytes` is the documents' text, `max_id` the largest id (-1: none)."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    max_id: int = -1
+
+    def add(self, other: Counts) -> None:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
+        self.max_id = max(self.max_id, other.max_id)
+
+
+@dataclass
+class Record:
+    """What a unit holds. `smallest_hash` is that of the document that comes first if validation would else be empty."""
+
+    splits: dict[str, Counts]
+    empty_documents: int = 0
+    smallest_hash: int = 2**64
+
+    @classmethod
+    def parse(cls, text: bytes) -> Record:
+        values = json.loads(text)
+        return cls(
+            **{**values, "splits": {name: Counts(**counts) for name, counts in values["splits"].items()}}
+        )
+
+
+def unit_folder(job: Job, number: int, chosen: int | None) -> Path:
+    """Where unit `number` lies; with a `chosen` document it is another one."""
+    return job.units / (f"{number:08d}" if chosen is None else f"{number:08d}-chosen")
+
+
+def read_record(job: Job, number: int, chosen: int | None = None) -> Record | None:
+    """The record of a finished unit; None where there is none, or its files aren't whole."""
+    folder = unit_folder(job, number, chosen)
+    itemsize = np.dtype(job.dtype).itemsize
+    try:
+        record = Record.parse((folder / "record.json").read_bytes())
+        for name, counts in record.splits.items():
+            if (folder / f"{name}.bin").stat().st_size != counts.tokens * itemsize:
+                return None
+            if (folder / f"{name}.idx").stat().st_size != counts.documents * INDEX_DTYPE.itemsize:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record
+
+
+def write_unit(job: Job, number: int, spans: Unit, chosen: int | None = None) -> Record:
+    """Tokenise the documents of `spans` into the unit's folder.
+
+    A document goes to validation if its hash, as a fraction of 2**64, is below `job.validation_fraction`, or is `chosen`.
+    """
+    folder = unit_folder(job, number, chosen)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    record = _write_tokens(job, spans, chosen, unfinished)
+    values = {**vars(record), "splits": {name: vars(counts) for name, counts in record.splits.items()}}
+    write_synced(unfinished / "record.json", json.dumps(values).encode())
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    return record
+
+
+def _write_tokens(job: Job, spans: Unit, chosen: int | None, folder: Path) -> Record:
+    tokenizer = _tokenizer(job.tokenizer)
+    threshold = int(job.validation_fraction * 2**64)
+    record = Record({name: Counts() for name in SPLITS})
+    writers = {
+        name: _SplitWriter(folder / name, record.splits[name], tokenizer, job.dtype) for name in SPLITS
+    }
+    for batch in _batches(document for span in spans for document in read_documents(span, job.reading)):
+        chunks: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+        for document in batch:
+            if not document:
+                record.empty_documents += 1
+                continue
+            number = document_hash(document)
+            record.smallest_hash = min(record.smallest_hash, number)
+            chunks["validation" if number < threshold or number == chosen else "train"].append(document)
+        for name, documents in chunks.items():
+            writers[name].add(documents)
+    for writer in writers.values():
+        writer.close()
+    return record
+
+
+def document_hash(document: bytes) -> int:
+    """A number below 2**64 that depends on nothing but the document's bytes (BLAKE2b, RFC 7693)."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big")
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    """A process loads its tokenizer once."""
+    return load_tokenizer(path)
+
+
+def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document) + 64  # so that a million empty documents are a batch too
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter:
+    def __init__(self, stem: Path, counts: Counts, tokenizer: Tokenizer, dtype: str) -> None:
+        self._tokens = stem.with_suffix(".bin").open("wb")
+        self._index = stem.with_suffix(".idx").open("wb")
+        self._counts, self._tokenizer, self._dtype = counts, tokenizer, np.dtype(dtype)
+
+    def add(self, documents: Sequence[bytes]) -> None:
+        if not documents:
+            return
+        ids = self._tokenizer.encode_batch(documents)
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + 2  # BOS ... EOS
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        stream = np.empty(int(ends[-1]), dtype=self._dtype)
+        inner = np.ones(len(stream), dtype=bool)
+        inner[starts] = inner[ends - 1] = False
+        stream[starts], stream[ends - 1] = self._tokenizer.bos_id, self._tokenizer.eos_id
+        stream[inner] = np.concatenate(ids)
+        self._tokens.write(stream.data)
+        self._index.write((starts + self._counts.tokens).astype(INDEX_DTYPE).data)
+        added = Counts(len(documents), len(stream), sum(map(len, documents)), int(stream.max()))
+        self._counts.add(added)
+
+    def close(self) -> None:
+        for file in (self._tokens, self._index):
+            _sync(file)
+            file.close()
+
+
+def join_units(
+    job: Job, name: str, folders: Iterable[Path], out: Path, file_bytes: int
+) -> list[dict[str, Any]]:
+    """Join one split of all units, in order, into out/NAME-00000.bin and .idx ...; a file ends with the unit at which it
+    reaches `file_bytes`. Returns the header's entry for each file."""
+    entries: list[dict[str, Any]] = []
+    current: _JoinedFile | None = None
+    for folder in folders:
+        if (folder / f"{name}.bin").stat().st_size == 0:
+            continue
+        if current is None:
+            current = _JoinedFile(out, f"{name}-{len(entries):05d}", np.dtype(job.dtype))
+        current.append(folder / f"{name}.bin", folder / f"{name}.idx")
+        if current.size >= file_bytes:
+            entries.append(current.close())
+            current = None
+    return [*entries, current.close()] if current is not None else entries
+
+
+class _JoinedFile:
+    def __init__(self, out: Path, stem: str, dtype: np.dtype[Any]) -> None:
+        self.stem, self.dtype = stem, dtype
+        self.size = self.documents = 0
+        self._tokens, self._index = (out / f"{stem}.bin").open("wb"), (out / f"{stem}.idx").open("wb")
+        self._sha256, self._index_sha256 = hashlib.sha256(), hashlib.sha256()
+
+    def append(self, tokens: Path, index: Path) -> None:
+        before = INDEX_DTYPE.type(self.size // self.dtype.itemsize)
+        with index.open("rb") as file:
+            while block := file.read(COPY_BYTES):
+                starts = np.frombuffer(block, dtype=INDEX_DTYPE) + before
+                self._index.write(starts.data)
+                self._index_sha256.update(starts.data)
+                self.documents += len(starts)
+        with tokens.open("rb") as file:
+            while block := file.read(COPY_BYTES):
+                self._tokens.write(block)
+                self._sha256.update(block)
+                self.size += len(block)
+
+    def close(self) -> dict[str, Any]:
+        for file in (self._tokens, self._index):
+            _sync(file)
+            file.close()
+        return {
+            "name": f"{self.stem}.bin",
+            "tokens": self.size // self.dtype.itemsize,
+            "documents": self.documents,
+            "sha256": self._sha256.hexdigest(),
+            "index": f"{self.stem}.idx",
+            "index_sha256": self._index_sha256.hexdigest(),
+        }
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and see it on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        _sync(file)
+
+
+def _sync(file: BinaryIO | Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

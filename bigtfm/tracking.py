@@ -1,0 +1,220 @@
+"""What a run leaves to look at: metrics.jsonl, one JSON object a step, and the curve drawn from it.
+
+metrics.jsonl is the record; everything else that shows a run (curve.png, MLflow) is made from it and can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from bigtfm.config.problems import StorageProblem
+
+# JSON has no word for these: they are written as strings and read back as the floats they stand for.
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl: one object a line, each flushed, floats written so that they read back exactly.
+
+    A row gets the wall-clock `time` (Unix seconds) at which it was written, so that a later copy of it, in MLflow, is
+    told apart from a second row. A line torn by a kill is dropped when the log is opened.
+
+    Raises:
+        StorageProblem: the file can't be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = self._open()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row; it holds at least `step`."""
+        values = {key: _writable(value) for key, value in ({"time": round(time.time(), 3)} | dict(row)).items()}
+        try:
+            self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows past `step`, the step of the checkpoint that a run is resumed from. All or nothing."""
+        self._file.close()
+        shorter = self.path.with_suffix(".tmp")
+        try:
+            with self.path.open("rb") as rows, shorter.open("wb") as kept:
+                kept.writelines(line for line in rows if parse_row(line)["step"] <= step)
+                kept.flush()
+                os.fsync(kept.fileno())
+            os.replace(shorter, self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        self._file = self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _open(self) -> IO[bytes]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+b")
+            file.truncate(_whole_lines(file))
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        return file
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """One line of metrics.jsonl. Raises ValueError if it is torn."""
+    return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in json.loads(line).items()}
+
+
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl, without a last line that a kill has torn. No file: no rows.
+
+    Raises:
+        StorageProblem: the file can't be read, or a line before the last is damaged.
+    """
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.endswith(b"\n"):
+                    try:
+                        yield parse_row(line)
+                    except (ValueError, AttributeError):
+                        raise StorageProblem(
+                            "this line is damaged", where=f"{path}:{number}", fix="remove the line"
+                        ) from None
+    except OSError as error:
+        raise StorageProblem(
+            f"can't be read: {error.strerror}", where=str(path), fix="check the file system"
+        ) from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl; see `iterate_metrics`."""
+    return list(iterate_metrics(path))
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _whole_lines(file: IO[bytes]) -> int:
+    """Bytes up to and with the last newline."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _unwritable(path: Path, error: OSError) -> StorageProblem:
+    return StorageProblem(
+        f"can't be written: {error.strerror}", where=str(path), fix="free space or correct the permissions, then resume"
+    )
+
+
+# --- the curve -------------------------------------------------------------------------------------------------------
+
+_INK, _GRID = "#333333", "#e6e6e6"
+_RAW, _SMOOTH, _VALIDATION, _BASELINE = "#a9c4e4", "#1f5fa8", "#d1495b", "#777777"
+
+
+def plot_curve(run_dir: Path) -> Path:
+    """Draw training and validation loss and the learning rate against the step, as RUN_DIR/curve.png.
+
+    The dashed line is the unigram baseline, the loss of knowing word frequencies alone (`unigram_loss` in
+    resolved.json, nats a token), if it is known.
+
+    Raises:
+        StorageProblem: metrics.jsonl can't be read or the picture can't be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [
+        (row["step"], row.get("loss", math.nan), row.get("lr", math.nan), row.get("val_loss"))
+        for row in iterate_metrics(run_dir / "metrics.jsonl")
+    ]
+    steps = [row[0] for row in rows]
+    figure = Figure(figsize=(8, 5), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    _draw_losses(upper, steps, [row[1] for row in rows], [(row[0], row[3]) for row in rows if row[3] is not None])
+    baseline = _baseline(run_dir)
+    if baseline is not None:
+        upper.axhline(baseline, color=_BASELINE, linestyle=(0, (5, 4)), linewidth=1.2, label=f"unigram baseline {baseline:.3f}")
+    if rows:
+        upper.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.85)
+    lower.plot(steps, [row[2] for row in rows], color=_INK, linewidth=1.2)
+    lower.set_ylim(bottom=0)
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    upper.set_title(run_dir.name, loc="left", color=_INK, fontsize=12, fontweight="bold")
+    upper.set_ylabel("loss (nats / token)")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    for axes in (upper, lower):
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+        axes.tick_params(color="#bbbbbb", labelcolor=_INK)
+    figure.align_ylabels()
+    path, drawing = run_dir / "curve.png", run_dir / "curve.png.tmp"
+    try:
+        figure.savefig(drawing, format="png")
+        os.replace(drawing, path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    return path
+
+
+def _draw_losses(axes: Any, steps: list[int], losses: list[float], validation: list[tuple[int, float]]) -> None:
+    every = max(1, len(steps) // 4000)  # more points than the picture has pixels only blacken it
+    axes.plot(steps[::every], losses[::every], color=_RAW, linewidth=0.8)
+    smooth = _smoothed(losses)
+    last = f" {smooth[-1]:.3f}" if smooth else ""
+    axes.plot(steps[::every], smooth[::every], color=_SMOOTH, linewidth=1.8, label=f"training{last}")
+    if validation:
+        at, values = zip(*validation, strict=True)
+        style = {"color": _VALIDATION, "linewidth": 1.2, "marker": "o", "markersize": 4.5 if len(at) < 60 else 0}
+        axes.plot(at, values, label=f"validation {values[-1]:.3f}", **style)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Mean over the neighbours on both sides (2 % of the points, fewer near the start, where the curve is steep), blind to NaN."""
+    sums, counts = [0.0], [0]
+    for value in values:
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    reach = max(3, len(values) // 50)
+    result = []
+    for index in range(len(values)):
+        first, stop = index - min(reach, index), min(index + min(reach, index) + 1, len(values))
+        count = counts[stop] - counts[first]
+        result.append((sums[stop] - sums[first]) / count if count else math.nan)
+    return result
+
+
+def _baseline(run_dir: Path) -> float | None:
+    try:
+        value = json.loads((run_dir / "resolved.json").read_text()).get("unigram_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,326 @@
+"""metrics.jsonl round-trips and survives kills; MLflow gets every row once, and training never waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import math
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigtfm.config.problems import DataProblem, StorageProblem
+from bigtfm.mlflow_mirror import start, sync
+from bigtfm.mlflow_sender import Rows, read_json
+from bigtfm.tracking import MetricsLog, plot_curve, read_metrics
+
+
+def steps(path: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def write_rows(path: Path, first: int, last: int, **more: float) -> None:
+    log = MetricsLog(path)
+    for step in range(first, last + 1):
+        log.append({"step": step, "loss": 10.0 / step, "lr": 1e-3, "sample_digest": "c0ffee"} | more)
+    log.close()
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+
+@given(value=st.floats(allow_nan=True, allow_infinity=True))
+def test_floats_read_back_exactly_and_the_json_is_valid(value: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append({"step": 1, "loss": value})
+    log.close()
+
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is no JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    (row,) = read_metrics(path)
+    assert row["loss"].hex() == value.hex()
+
+
+def test_a_row_is_on_disk_before_the_next_one_is_made(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 1})
+    assert steps(tmp_path / "metrics.jsonl") == [1]
+    log.close()
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"{", b'{"step": 3, "loss": 1.5}'])
+def test_a_torn_last_line_is_skipped_and_then_written_over(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, 1, 2)
+    with path.open("ab") as file:
+        file.write(torn)
+    assert steps(path) == [1, 2]
+    write_rows(path, 3, 4)
+    assert steps(path) == [1, 2, 3, 4]
+
+
+def test_a_damaged_line_within_is_a_problem_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(StorageProblem, match=r"metrics\.jsonl:2"):
+        read_metrics(path)
+
+
+def test_truncate_after_drops_the_rows_past_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, 1, 30)
+    log = MetricsLog(path)
+    log.truncate_after(20)
+    log.append({"step": 21, "loss": 0.5})
+    log.close()
+    assert steps(path) == list(range(1, 22))
+    assert not path.with_suffix(".tmp").exists()
+
+
+def test_no_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_log_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageProblem, match="can't be written"):
+        MetricsLog(tmp_path / "file" / "metrics.jsonl")
+
+
+def test_rows_are_followed_across_a_replaced_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = Rows(path)
+    assert rows.new(10) == []
+    write_rows(path, 1, 3)
+    assert [row["step"] for row in rows.new(2)] == [1, 2]
+    assert [row["step"] for row in rows.new(2)] == [3]
+    with path.open("ab") as file:
+        file.write(b'{"step": 4')  # half a line is not a row yet
+    assert rows.new(2) == []
+    log = MetricsLog(path)
+    log.truncate_after(1)
+    log.append({"step": 2, "loss": 0.0})
+    log.close()
+    assert [row["step"] for row in rows.new(10)] == [1, 2]
+
+
+# --- the curve -------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_shows_training_validation_and_baseline(tmp_path: Path) -> None:
+    write_rows(tmp_path / "metrics.jsonl", 1, 20)
+    plain = plot_curve(tmp_path).read_bytes()
+    assert plain.startswith(b"\x89PNG")
+    write_rows(tmp_path / "metrics.jsonl", 21, 21, val_loss=0.7)
+    with_validation = plot_curve(tmp_path).read_bytes()
+    (tmp_path / "resolved.json").write_text('{"unigram_loss": 6.5}')
+    with_baseline = plot_curve(tmp_path).read_bytes()
+    assert len({plain, with_validation, with_baseline}) == 3
+    assert sorted(path.name for path in tmp_path.glob("curve*")) == ["curve.png"]
+
+
+@pytest.mark.parametrize("losses", [[], [1.0], [math.nan, 2.0, math.inf, 1.0], [math.nan]])
+def test_the_curve_of_odd_runs_is_drawn(tmp_path: Path, losses: list[float]) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step, loss in enumerate(losses, start=1):
+        log.append({"step": step, "loss": loss})
+    log.close()
+    assert plot_curve(tmp_path).stat().st_size > 1000
+
+
+# --- MLflow ----------------------------------------------------------------------------------------------------------
+
+PARAMS = {"run": {"model": {"hidden_size": 192}}, "deepspeed": {"optimizer": {"params": {"betas": [0.9, 0.95]}}}}
+
+
+def mirror(run_dir: Path, uri: str):  # type: ignore[no-untyped-def]
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "run.toml").write_text("[run]\n")
+    return start(run_dir, uri=uri, experiment="tests", name="demo", params=PARAMS, artifacts=["run.toml", "absent.json"])
+
+
+def select(database: Path, query: str) -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def stored_steps(database: Path, key: str = "loss") -> list[object]:
+    return [step for (step,) in select(database, f"SELECT step FROM metrics WHERE key = '{key}' ORDER BY step")]
+
+
+def wait_for(condition, seconds: float = 40) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a relative URI is taken from here, at the start
+    run_dir, database, log = tmp_path / "run", tmp_path / "mlflow.db", tmp_path / "run" / "metrics.jsonl"
+    first = mirror(run_dir, "sqlite:///mlflow.db")
+    write_rows(log, 1, 59)
+    write_rows(log, 60, 60, val_loss=1.25, mfu=math.nan)
+    plot_curve(run_dir)
+    run_id = first.finish()
+
+    assert run_id is not None, (run_dir / "logs" / "mlflow.log").read_text()
+    assert stored_steps(database) == list(range(1, 61))
+    assert select(database, "SELECT value, step FROM metrics WHERE key = 'val_loss'") == [(1.25, 60)]
+    assert select(database, "SELECT is_nan FROM metrics WHERE key = 'mfu'") == [(1,)]
+    assert select(database, "SELECT count(*) FROM metrics WHERE key IN ('step', 'time', 'sample_digest')") == [(0,)]
+    params = dict(select(database, "SELECT key, value FROM params"))
+    assert params["run.model.hidden_size"] == "192"
+    assert params["deepspeed.optimizer.params.betas"] == "[0.9, 0.95]"
+    tags = dict(select(database, "SELECT key, value FROM tags"))
+    assert tags["env.python"] == ".".join(map(str, sys.version_info[:3]))
+    assert "env.torch" in tags
+    kept = tmp_path / "mlruns" / run_id / "artifacts"
+    assert sorted(path.name for path in kept.iterdir()) == ["curve.png", "metrics.jsonl", "run.toml"]
+    assert select(database, "SELECT status FROM runs") == [("FINISHED",)]
+
+    # Resumed from the checkpoint of step 40, with steps 41 to 60 already sent.
+    resumed = MetricsLog(log)
+    resumed.truncate_after(40)
+    resumed.close()
+    second = mirror(run_dir, "sqlite:///mlflow.db")
+    write_rows(log, 41, 80)
+    assert second.finish("KILLED") == run_id
+    assert stored_steps(database) == list(range(1, 81))
+    assert select(database, "SELECT status FROM runs") == [("KILLED",)]
+
+    # The answers to everything were lost, and the run's id with them: all is sent again, nothing is stored twice.
+    before = select(database, "SELECT * FROM metrics ORDER BY key, step")
+    (run_dir / "mlflow.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert sync(run_dir) == run_id
+    after = select(database, "SELECT * FROM metrics ORDER BY key, step")
+    assert [row for row in after if 41 > row[3] or row[3] > 60] == [row for row in before if 41 > row[3] or row[3] > 60]
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """Answers every request with 500."""
+
+    def do_GET(self) -> None:
+        self.send_response(500)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    yield port
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(50)  # the system accepts; nobody answers
+        yield listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def broken_server() -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def connections(port: int) -> int:
+    """TCP connections to a local port, from /proc/net/tcp."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(line.split()[2].endswith(f":{port:04X}") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", [refused, black_hole, broken_server])
+def test_training_does_not_wait_for_a_bad_server(tmp_path: Path, server) -> None:  # type: ignore[no-untyped-def]
+    run_dir = tmp_path / "run"
+    with server() as port:
+        began = time.perf_counter()
+        sender = mirror(run_dir, f"http://127.0.0.1:{port}")
+        slowest = time.perf_counter() - began
+        log = MetricsLog(run_dir / "metrics.jsonl")
+
+        def one_more(step: int) -> float:
+            began = time.perf_counter()
+            log.append({"step": step, "loss": 1.0})
+            return time.perf_counter() - began
+
+        step = 0
+        while not (read_json(run_dir / "mlflow.json").get("error") or (server is black_hole and connections(port))):
+            step += 1
+            slowest = max(slowest, one_more(step))
+            assert step < 2000, "the server was never asked"
+            time.sleep(0.02)
+        assert slowest < 0.05
+        began = time.perf_counter()
+        assert sender.finish(timeout=2) is None
+        assert time.perf_counter() - began < 3
+    assert steps(run_dir / "metrics.jsonl") == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+def test_sync_delivers_later_what_a_dead_server_missed(tmp_path: Path) -> None:
+    run_dir, database = tmp_path / "run", tmp_path / "server.db"
+    with refused() as port:
+        sender = mirror(run_dir, f"http://127.0.0.1:{port}")
+    write_rows(run_dir / "metrics.jsonl", 1, 50)
+    plot_curve(run_dir)
+    assert sender.finish() is None
+    with pytest.raises(StorageProblem, match=f"127.0.0.1:{port}"):
+        sync(run_dir, timeout=0.5)
+
+    command = ["mlflow", "server", "--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{database}"]
+    with (tmp_path / "server.log").open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=output, stderr=output, cwd=tmp_path, start_new_session=True
+        )
+    try:
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        run_id = sync(run_dir, timeout=60)
+    finally:
+        server.terminate()
+        server.wait(20)
+    assert stored_steps(database) == list(range(1, 51))
+    assert select(database, "SELECT run_uuid, status FROM runs") == [(run_id, "FINISHED")]
+    assert len(list(tmp_path.rglob(f"{run_id}/artifacts/curve.png"))) == 1
+
+
+def test_the_sender_ends_by_itself_after_training_died(tmp_path: Path) -> None:
+    with black_hole() as port:
+        mirror(tmp_path / "run", f"http://127.0.0.1:{port}").finish(timeout=0)
+        began = time.monotonic()
+        command = [sys.executable, "-m", "bigtfm.mlflow_sender", str(tmp_path / "run"), "1"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=30, capture_output=True)
+    assert done.returncode == 1
+    assert time.monotonic() - began < 5
+
+
+def test_sync_of_a_folder_that_is_no_run_is_a_problem(tmp_path: Path) -> None:
+    with pytest.raises(DataProblem, match="runs/quickstart"):
+        sync(tmp_path)
