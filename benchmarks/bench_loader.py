@@ -1,9 +1,10 @@
-"""Tokens/s per core of Loader.batch, beside the ceiling: widening the same windows of the memory map to int64, no more.
+"""Tokens/s per core of Loader.batch, beside the ceiling: widening the same mapped windows to int64.
 
     python benchmarks/bench_loader.py [--json] [--megabytes 200] [--repeats 7]
 
-The data set is in the real on-disk format: uint16, documents of about 1000 tokens; windows are read in training order,
-that is at random. It is warm in the page cache, so no disk is measured. One thread throughout.
+The data set is in the real on-disk format: uint16, documents of about 1000 tokens; windows are read in
+training order, that is at random. It is warm in the page cache, so no disk is measured. One thread
+throughout.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -83,8 +83,9 @@ def measure(dataset: TokenDataset, seq_len: int, micro_batch: int, repeats: int)
                 speeds[name].append(batches * tokens / seconds)
     speed, top = float(np.median(speeds["ours"])), float(np.median(speeds["ceiling"]))
     return {
-        "seq_len": seq_len, "micro_batch": micro_batch, "tokens_per_second": speed, "slowest": min(speeds["ours"]),
-        "fastest": max(speeds["ours"]), "ceiling": top, "ratio": speed / top, "microseconds_per_batch": tokens / speed * 1e6,
+        "seq_len": seq_len, "micro_batch": micro_batch, "microseconds_per_batch": tokens / speed * 1e6,
+        "tokens_per_second": speed, "slowest": min(speeds["ours"]), "fastest": max(speeds["ours"]),
+        "ceiling": top, "ratio": speed / top,
     }  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def timed(run: Callable[[int], None], times: int) -> float:
 
 
 def write_dataset(folder: Path, tokens: int) -> None:
-    """Random tokens in documents of 500 to 1500, laid out as `bigtfm prepare` does it; a small validation split."""
+    """Random tokens in documents of 500 to 1500, laid out as `bigtfm prepare` does; validation is small."""
     rng = np.random.default_rng(0)
     (folder / "tokenizer").mkdir()
     model = b"a data set needs a tokenizer; reading batches does not"
@@ -141,4 +142,4 @@ def write_split(folder: Path, name: str, tokens: int, rng: np.random.Generator) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

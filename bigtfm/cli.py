@@ -55,3 +55,52 @@ def _write_failure(run_dir: Path, problem: Problem) -> None:
         (run_dir / "failure.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError:
         pass  # the line on stderr has said it
+
+
+@app.command()
+def train(
+    deepspeed_config: DeepSpeedFile,
+    config: RunConfigFile = None,
+    overrides: Overrides = None,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Train, or go on with the run that stands in the run directory. One process, or a rank of any launcher."""
+    from bigtfm.config.launch import Launch
+
+    with one_line():
+        launch = Launch.from_environment(os.environ, local_rank)
+    with one_line(speaks=launch.local_rank == 0):
+        from bigtfm.job import check_job
+
+        job = check_job(config, deepspeed_config, overrides or [], launch.world_size)
+    with one_line(job.run.run_dir):
+        from bigtfm.train import train as run
+
+        run(job, launch)
+
+
+def train_alone() -> None:
+    """`train` as a program of its own, for launchers that put --local_rank right after a script's name."""
+    typer.run(train)
+
+
+@app.command()
+def check(
+    deepspeed_config: DeepSpeedFile,
+    config: RunConfigFile = None,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks (GPUs) that the job will have.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check both files and the data set, and print what they come to, without training."""
+    with one_line():
+        from bigtfm.check import render
+        from bigtfm.job import check_job
+
+        resolved = check_job(config, deepspeed_config, overrides or [], world_size).resolved
+    if as_json:
+        print(resolved.to_json(), end="")
+    else:
+        from rich.console import Console
+
+        Console().print(render(resolved))

@@ -1,4 +1,4 @@
-"""Evaluation: losses in bits per byte, comparable between tokenizers, and the baseline that a model has to beat."""
+"""Evaluation: bits per byte, comparable between tokenizers, and the baseline that a model has to beat."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from bigtfm.config.problems import DataProblem
 
 if TYPE_CHECKING:
     from bigtfm.data.indexed import Split, TokenDataset
+    from bigtfm.data.loader import Loader
+    from bigtfm.engine.distributed import Ranks
 
 CHUNK = 1_000_000  # tokens read at once
 UNIGRAM_TOKENS = 50_000_000  # tokens of each split that the baseline looks at
@@ -23,22 +25,22 @@ def bits_per_byte(loss: float, predicted_tokens: int, num_bytes: int) -> float:
     return loss * predicted_tokens / (math.log(2) * num_bytes)
 
 
-def predicted_tokens(split: Split) -> int:
+def num_predicted(split: Split) -> int:
     """Tokens of the split that something predicts: all but the BOS of each document."""
     return split.num_tokens - split.num_documents
 
 
 def unigram_bits_per_byte(dataset: TokenDataset) -> float:
-    """Bits a byte of validation text for a model that knows only how often each token occurs in the training split.
+    """Bits a byte of validation text for a model that only knows how frequent each token is in training.
 
-    Frequencies are smoothed by adding one to each of the vocabulary's ids. At most the first 50 M tokens of each split
-    are read; a longer validation split is taken to go on as it began.
+    Frequencies are smoothed by adding one to each of the vocabulary's ids. At most the first 50 M tokens of
+    each split are read; a longer validation split is taken to go on as it began.
 
     Raises:
         DataProblem: the validation split is empty.
     """
     train, validation = dataset.split("train"), dataset.split("validation")
-    if not predicted_tokens(validation) or not validation.num_bytes:
+    if not num_predicted(validation) or not validation.num_bytes:
         raise DataProblem(
             "the validation split has no text",
             where=str(dataset.path),
@@ -48,7 +50,7 @@ def unigram_bits_per_byte(dataset: TokenDataset) -> float:
     counts = _count(validation, dataset.vocab_size)
     log_probabilities = np.log((train_counts + 1) / (train_counts.sum() + dataset.vocab_size))
     loss = -float(counts @ log_probabilities) / int(counts.sum())
-    return bits_per_byte(loss, predicted_tokens(validation), validation.num_bytes)
+    return bits_per_byte(loss, num_predicted(validation), validation.num_bytes)
 
 
 def _count(split: Split, vocab_size: int) -> NDArray[np.int64]:
@@ -66,3 +68,28 @@ def _chunks(split: Split) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
     for start in range(0, end, CHUNK):
         stop = min(end, start + CHUNK)
         yield split.read(start, stop), split.document_starts(start, stop) - start
+
+
+def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int, max_tokens: int) -> float:
+    """Mean loss in nats a token over the first windows of a split, the same at any number of ranks.
+
+    Every rank runs as many forwards as the others, since each gathers the weights together at ZeRO stage 3.
+    """
+    import torch
+
+    windows = min(loader.num_windows, max(1, max_tokens // loader.seq_len))
+    starts = range(0, windows, micro_batch)
+    loss_sum = tokens = 0.0
+    engine.eval()
+    with torch.no_grad():
+        for turn in range(0, len(starts), ranks.world_size):
+            mine = turn + ranks.rank
+            start = starts[min(mine, len(starts) - 1)]
+            batch = loader.batch(start, min(micro_batch, windows - start)).to(ranks.device)
+            loss, count = engine(**batch.model_inputs())
+            if mine < len(starts):  # else a repetition for company
+                loss_sum += float(loss)
+                tokens += float(count)
+    engine.train()
+    loss_sum, tokens = ranks.sum([loss_sum, tokens])
+    return loss_sum / max(tokens, 1.0)

@@ -1,62 +1,182 @@
-"""Training: one readable function holds the loop."""
+"""Training: `train` holds the loop; what it calls stands below it in the order of the calls."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigtfm.check import Resolved
-from bigtfm.config.deepspeed import DeepSpeedConfig
+from bigtfm.job import Job
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import ConfigProblem, NumericsProblem, RequeueRequested, StorageProblem
-from bigtfm.config.run import RunConfig
-from bigtfm.data import order
-from bigtfm.data.indexed import TokenDataset
+from bigtfm.config.problems import NoCheckpoint, NumericsProblem, Problem, RequeueRequested
 from bigtfm.data.loader import Loader
+from bigtfm.data.order import digest
 from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
-from bigtfm.evaluate import bits_per_byte, unigram_bits_per_byte, validation_loss
+from bigtfm.evaluate import validation_loss
 from bigtfm.model.gpt import GPT
-from bigtfm.planner.throughput import flops_per_token, peak_flops
 from bigtfm.recorder import Recorder
 from bigtfm.resilience.numerics import require_finite
 from bigtfm.resilience.signals import StopRequest
+from bigtfm.run_directory import identity, lay_out, refuse_changes
 
 
-def train(run: RunConfig, deepspeed: DeepSpeedConfig, resolved: Resolved, launch: Launch) -> None:
-    """Trains until `resolved.steps`, an early stop or a signal; resumes what stands in the run directory.
+def train(job: Job, launch: Launch) -> None:
+    """Trains to `job.resolved.steps`, an early stop or a signal, going on from what stands in the run directory.
 
     Returning (exit code 0) means: finite weights, every step applied, a verified checkpoint.
 
     Raises:
-        Problem: see its subclasses for what and for the exit code.
+        Problem: its subclass says what failed and with which exit code the process should end.
     """
+    run, dataset, steps = job.run, job.dataset, job.resolved.steps
     stop = StopRequest()
     ranks = distributed.start(launch)
-    dataset = TokenDataset.open(run.data.path)
-    engine = build_engine(
-        lambda: GPT(
-            run.model,
-            dataset.vocab_size,
-            seed=run.run.seed,
-            label_smoothing=run.objective.label_smoothing,
-            l1=run.objective.l1,
-            recompute=run.compute.recompute,
-        ),
-        deepspeed.resolved(run.model, resolved.steps),
-        recompute=run.compute.recompute,
-    )
+    engine = build_engine(partial(make_model, job), job.deepspeed_values, recompute=run.compute.recompute)
     loader = Loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
     validation = Loader(dataset.split("validation"), run.seq_len, run.run.seed, dataset.vocab_size, shuffle=False)
-    progress = resume(run, dataset, engine, ranks)
-    
+    with ranks.together("writing the run directory"):
+        if ranks.rank == 0:
+            lay_out(job)
+    progress = resume(job, engine, ranks)
+    recorder = Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else None
+
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    checkpoints = run.run_dir / "checkpoints"
-    return None
+    row: dict[str, Any] = {}
+    try:
+        while progress.step < steps and not out_of_patience(run.eval.patience, progress):
+            began = time.perf_counter()
+            first = progress.samples + ranks.rank * micro_batch
+            stride = ranks.world_size * micro_batch
+            batches = [loader.batch(first + turn * stride, micro_batch) for turn in range(accumulation)]
+            labels, stops = ranks.sum([sum(batch.num_labels for batch in batches), stop.signal])
+            if stops:
+                save(job, engine, progress, ranks)
+                raise RequeueRequested(
+                    f"saved at step {progress.step} and stopped by a signal",
+                    where=str(run.run_dir),
+                    fix="start the same command again: it goes on from there",
+                )
+
+            loss_sum = torch.zeros((), device=ranks.device)
+            grad_norm = None
+            for turn, batch in enumerate(batches):
+                inputs = batch.to(ranks.device).model_inputs()
+                loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * accumulation))
+                # The gradient becomes that of (sum of all token losses) / (labels in the global batch): DeepSpeed averages over
+                # ranks, hence the factor; left to itself it would average averages.
+                engine.backward(loss * (ranks.world_size / max(labels, 1)), scale_wrt_gas=False)
+                loss_sum += loss.detach()
+                if turn == accumulation - 1:
+                    grad_norm, lr = local_grad_norm(engine), engine.get_lr()[0]
+                engine.step()
+
+            progress.step += 1
+            progress.samples += stride * accumulation
+            progress.tokens += stride * accumulation * run.seq_len
+            mean_loss = ranks.sum([float(loss_sum)])[0] / max(labels, 1)
+            grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+            require_finite(progress.step, mean_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
+            row = {"step": progress.step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+
+            seconds = time.perf_counter() - began
+            last = progress.step == steps
+            improved = False
+            if last or due(run.eval.every, progress.step):
+                row["val_loss"] = validation_loss(engine, validation, ranks, micro_batch, run.eval.tokens)
+                improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
+            if recorder is not None:
+                samples = loader.windows(progress.samples - stride * accumulation, stride * accumulation)
+                recorder.step(row, progress.tokens, seconds, digest(samples), improved=improved)
+            if last or improved or due(run.save.every, progress.step):
+                save(job, engine, progress, ranks)
+        last_checkpoint = finish(job, engine, progress, ranks)
+    except Problem as problem:
+        if recorder is not None:
+            recorder.close("KILLED" if isinstance(problem, RequeueRequested) else "FAILED")
+        raise
+    if recorder is not None:
+        recorder.summary(progress, last_checkpoint)
+    ranks.close()
+
+
+def make_model(job: Job) -> GPT:
+    """The model with fresh parameters, to be filled by `init_weights`."""
+    run = job.run
+    return GPT(
+        run.model,
+        job.dataset.vocab_size,
+        seed=run.run.seed,
+        label_smoothing=run.objective.label_smoothing,
+        l1=run.objective.l1,
+        recompute=run.compute.recompute,
+    )
+
+
+def resume(job: Job, engine: Any, ranks: Ranks) -> Progress:
+    """Fills the engine from the newest checkpoint of the run directory, if there is one."""
+    now = identity(job.run, job.dataset)
+    found = checkpoint.newest_for_all(job.checkpoints, ranks)
+    if found is None:
+        return Progress(identity=now)
+    saved = checkpoint.read_state(found)["progress"]["identity"]
+    refuse_changes(saved, now, job.run.resume.allow, job.run.run_dir)
+    progress = checkpoint.load(found, engine)
+    progress.identity = now
+    return progress
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something done every so many steps (0: never) is done after `step`."""
+    return every > 0 and step % every == 0
+
+
+def out_of_patience(patience: int, progress: Progress) -> bool:
+    return 0 < patience <= progress.stale_evaluations
+
+
+def note_evaluation(engine: Any, progress: Progress, val_loss: float, min_delta: float) -> bool:
+    """Keeps the best evaluation, tells a schedule that listens, and says whether this one is the best."""
+    if hasattr(engine.lr_scheduler, "observe"):
+        engine.lr_scheduler.observe(val_loss)
+    improved = progress.best_loss is None or val_loss < progress.best_loss - min_delta
+    if improved:
+        progress.best_loss, progress.best_step, progress.stale_evaluations = val_loss, progress.step, 0
+    else:
+        progress.stale_evaluations += 1
+    return improved
+
+
+def save(job: Job, engine: Any, progress: Progress, ranks: Ranks) -> None:
+    """A checkpoint of this step; then the old ones that nobody needs go."""
+    checkpoint.save(job.checkpoints, engine, progress, ranks)
+    if ranks.rank == 0:
+        checkpoint.prune(job.checkpoints, job.run.save.keep, progress.best_step)
+
+
+def finish(job: Job, engine: Any, progress: Progress, ranks: Ranks) -> Path:
+    """The last checkpoint, verified, of weights that are all finite.
+
+    Raises:
+        NumericsProblem: a weight is not finite.
+        NoCheckpoint: the checkpoint on the disk is not what was written.
+    """
+    broken = [f.name for f in fragments.owned_fragments(engine) if not bool(torch.isfinite(f.view(f.flat)).all())]
+    for names in ranks.gather(broken):
+        if names:
+            raise NumericsProblem(
+                f"weight {names[0]} is not finite",
+                where=f"step {progress.step}",
+                fix="start the same command again: it resumes from the last checkpoint, which is finite",
+            )
+    path = job.checkpoints / f"step-{progress.step:08d}"
+    if not path.exists():  # an early stop
+        save(job, engine, progress, ranks)
+    if checkpoint.newest_for_all(job.checkpoints, ranks) != path:
+        raise NoCheckpoint("the last checkpoint does not verify", where=str(path), fix="check the disk, then resume")
+    return path

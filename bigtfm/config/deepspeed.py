@@ -205,7 +205,11 @@ class DeepSpeedConfig:
         _, micro, accumulation = self.stated_batch
         product = f"{micro or 'a micro batch'} x {accumulation or 'an accumulation'} x {world_size} ranks"
         unit = (micro or 1) * (accumulation or 1)
-        worlds = [str(n) for n in range(1, whole // unit + 1) if whole // unit % n == 0]
+        blocks = whole // unit if whole % unit == 0 else 0
+        if accumulation and micro:  # all three are stated: one number of ranks fits
+            worlds = [str(blocks)] if blocks else []
+        else:
+            worlds = [str(ranks) for ranks in range(1, blocks + 1) if blocks % ranks == 0]
         if whole % world_size == 0:
             share = whole // world_size
             pairs = [f"{m} x {share // m} x {world_size}" for m in range(1, share + 1) if share % m == 0]
@@ -219,7 +223,7 @@ class DeepSpeedConfig:
         return ConfigProblem(
             f"train_batch_size {whole} is not {product}",
             where=str(self.path),
-            fix=f"{fix}, or run on {_few(worlds)} ranks",
+            fix=f"{fix}, or run on {_few(worlds)} ranks" if worlds else fix,
         )
 
     def resolved(self, model: ModelSection, steps: int, world_size: int | None = None) -> dict[str, Any]:

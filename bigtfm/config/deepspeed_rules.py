@@ -50,11 +50,6 @@ def _min_above_max(config: DeepSpeedConfig) -> bool:
     return bool(max(low, 0 if warm == "auto" else warm) > config.lr)
 
 
-def _batch_never_fits(config: DeepSpeedConfig) -> bool:
-    whole, micro, accumulation = config.stated_batch
-    return whole is not None and whole % ((micro or 1) * (accumulation or 1)) != 0
-
-
 _ZERO, _OPTIMIZER, _SCHEDULER = "zero_optimization", "optimizer.params", "scheduler.params"
 
 RULES = (
@@ -69,12 +64,6 @@ RULES = (
         lambda c: c.stated_batch.train_batch_size is None and c.stated_batch.micro_batch is None,
         "neither train_batch_size nor train_micro_batch_size_per_gpu is stated",
         "set train_batch_size, the sequences of one optimizer step over all GPUs",
-    ),
-    Rule(
-        "train_batch_size",
-        _batch_never_fits,
-        "it is not a multiple of train_micro_batch_size_per_gpu x gradient_accumulation_steps",
-        "make it a multiple, or remove gradient_accumulation_steps",
     ),
     Rule(
         f"{_ZERO}.offload_optimizer",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CLIPPING_DEFAULT = 1.0
-NO_AUTO = "no other place states it, and DeepSpeed would drop it without a word"
+NO_AUTO = "no other place states it"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,12 @@ from bigtfm.config.deepspeed_schema import TOP, Key, Refusal, Section, Table, ch
 from bigtfm.config.deepspeed_types import OPTIMIZERS, REFUSED_OPTIMIZERS, SCHEDULERS, TORCH_SCHEDULERS
 from bigtfm.config.problems import did_you_mean, shown
 
+EXAMPLES = {  # of the sections that must be there
+    "optimizer": '"optimizer": { "type": "AdamW", "params": { "lr": 0.0003 } }',
+    "optimizer.params": '"params": { "lr": 0.0003 }',
+    "scheduler.params": '"params": { ... }',
+}
+
 
 class Finding(NamedTuple):
     """One thing that is wrong."""
@@ -69,8 +75,12 @@ def _walk(values: dict[str, Any], table: Table, prefix: str) -> Iterator[Finding
             yield from _walk_key(value, spec, path)
     for key, spec in table.items():
         if isinstance(spec, (Key, Section)) and spec.required and key not in values:
-            says = spec.says if isinstance(spec, Key) else "an object"
-            yield Finding(f"{prefix}{key} is missing", f"set {prefix}{key} to {says}")
+            fix = (
+                f"set {prefix}{key} to {spec.says}"
+                if isinstance(spec, Key)
+                else f"add {EXAMPLES[prefix + key]}"
+            )
+            yield Finding(f"{prefix}{key} is missing", fix)
 
 
 def _walk_section(value: Any, spec: Section, path: str) -> Iterator[Finding]:

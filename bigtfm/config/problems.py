@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 
@@ -19,6 +20,9 @@ class Problem(Exception):
         self.what = " ".join(what.split())  # one line, whatever a library's message held
         self.where = " ".join(where.split())
         self.fix = " ".join(fix.split())
+
+    def __reduce__(self) -> tuple[object, ...]:  # crosses from rank to rank with all of its parts
+        return partial(type(self), self.what, where=self.where, fix=self.fix), ()
 
     @property
     def line(self) -> str:

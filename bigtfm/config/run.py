@@ -256,7 +256,8 @@ class RunConfig(Section):
     def _sequence_fits(self) -> RunConfig:
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"data.seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}"
+                f"data.seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}",
+                f"set data.seq_len to {self.model.max_seq_len} or less, or raise model.max_seq_len",
             )
         return self
 

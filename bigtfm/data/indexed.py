@@ -55,7 +55,7 @@ class TokenFile(_Strict):
 
 
 class SplitHeader(_Strict):
-    """Counts of a split; `bytes` is those of the documents' text, `max_id` the largest token id (-1: no tokens)."""
+    """Counts of a split. `bytes` is of the documents' text; `max_id` is the largest token id (-1: none)."""
 
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -186,7 +186,7 @@ class TokenDataset:
         """Open the data set in folder `path`.
 
         Raises:
-            DataProblem: it is missing, unfinished, damaged, of another version, or its tokenizer is another one.
+            DataProblem: missing, unfinished, damaged, of another version, or with another tokenizer.
         """
         path = Path(path)
         try:

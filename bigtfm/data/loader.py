@@ -1,4 +1,4 @@
-"""From sample numbers to packed batches. A batch is a pure function of its sample numbers, whoever asks and when."""
+"""From sample numbers to packed batches. A batch is a pure function of its sample numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from bigtfm.config.problems import DataProblem
 from bigtfm.data.objectives import causal_lm
 from bigtfm.data.order import sample_windows
 
-BLOCK = (
-    4096  # samples whose order is computed at once: the cost of many numpy calls is spread over all of them
-)
+BLOCK = 4096  # samples whose order is computed at once, which spreads the cost of many numpy calls
 
 
 class TokenStream(Protocol):
@@ -63,10 +61,10 @@ class Batch:
 class Loader:
     """Batches of windows of `seq_len` consecutive positions of a split's token stream.
 
-    Window w predicts the tokens w * seq_len + 1 .. (w + 1) * seq_len. With `shuffle`, sample n is a window of epoch
-    n // num_windows, each epoch in an order of its own and all windows full; fewer than seq_len tokens at the end of
-    the split are left out. Without, sample n is window n, and the last one may be shorter: every token is predicted
-    exactly once.
+    Window w predicts the tokens w * seq_len + 1 .. (w + 1) * seq_len. With `shuffle`, sample n is a window of
+    epoch n // num_windows, each epoch in an order of its own and all windows full; fewer than seq_len tokens
+    at the end of the split are left out. Without, sample n is window n, and the last one may be shorter:
+    every token is predicted exactly once.
 
     Raises:
         DataProblem: the split has no full window (without `shuffle`: nothing to predict).
@@ -75,21 +73,14 @@ class Loader:
     def __init__(
         self, split: TokenStream, seq_len: int, seed: int, vocab_size: int, shuffle: bool = True
     ) -> None:
-        self.split, self.seq_len, self.seed, self.vocab_size, self.shuffle = (
-            split,
-            seq_len,
-            seed,
-            vocab_size,
-            shuffle,
-        )
+        self.split, self.seq_len, self.seed = split, seq_len, seed
+        self.vocab_size, self.shuffle = vocab_size, shuffle
         self.num_positions = max(0, split.num_tokens - 1)  # the last token is only ever a label
         self.num_windows = self.num_positions // seq_len if shuffle else -(-self.num_positions // seq_len)
         if not self.num_windows:
-            window = (
-                f"a window of {seq_len} tokens and the one after it" if shuffle else "a single prediction"
-            )
+            need = seq_len + 1 if shuffle else 2
             raise DataProblem(
-                f"a split of {split.num_tokens} tokens is too short for {window}",
+                f"{split.num_tokens} tokens are too few: a window takes {need} at data.seq_len {seq_len}",
                 where=f"data set, {split.name} split",
                 fix="set a smaller data.seq_len or prepare more text",
             )
@@ -141,17 +132,16 @@ class Loader:
 
     def _read(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[Any]:
         """The windows' tokens and the one after each: [n, seq_len + 1], zeros behind a short one."""
-        rows = [
-            self.split.read(start, stop + 1)
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-        ]
+        ranges = zip(starts.tolist(), (stops + 1).tolist(), strict=True)
+        rows = [self.split.read(start, stop) for start, stop in ranges]
         if len(rows[-1]) <= self.seq_len:
             rows.append(np.zeros(self.seq_len + 1 - len(rows[-1]), rows[-1].dtype))
         tokens = np.concatenate(rows).reshape(len(starts), self.seq_len + 1)
         if tokens.max() >= self.vocab_size:
             row, column = np.argwhere(tokens >= self.vocab_size)[0]
+            token, place = tokens[row, column], starts[row] + column
             raise DataProblem(
-                f"token {starts[row] + column} has id {tokens[row, column]}, the vocabulary {self.vocab_size} ids",
+                f"token {place} is {token}, beyond the vocabulary of {self.vocab_size}",
                 where=f"data set, {self.split.name} split",
                 fix="prepare the data set again with the tokenizer that belongs to it",
             )
@@ -160,11 +150,7 @@ class Loader:
     def _boundaries(
         self, starts: NDArray[np.int64], stops: NDArray[np.int64], offsets: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Flat positions, 1 .. T, at which a document begins in or right after a window (T: after the last)."""
-        found = [
-            self.split.document_starts(start + 1, stop + 1) + shift
-            for start, stop, shift in zip(
-                starts.tolist(), stops.tolist(), (offsets - starts).tolist(), strict=True
-            )
-        ]
-        return np.concatenate(found)
+        """Flat positions, 1 .. T, at which a document begins inside or right behind a window."""
+        ranges = zip((starts + 1).tolist(), (stops + 1).tolist(), strict=True)
+        found = [self.split.document_starts(start, stop) for start, stop in ranges]
+        return np.concatenate(found) + np.repeat(offsets - starts, [len(part) for part in found])

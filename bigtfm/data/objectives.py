@@ -1,4 +1,4 @@
-"""Objectives: from windows of the token stream to what the model reads and what it has to predict. Pure numpy."""
+"""Objectives: what the model reads of a window of tokens, and what it has to predict. Pure numpy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ IGNORE = -100  # label of a position that predicts nothing: torch's own ignore_i
 def causal_lm(
     windows: NDArray[Any], boundaries: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Next-token prediction: the label of a position is the token after it, unless that begins another document.
+    """Next-token prediction: a position's label is the token after it, unless that begins another document.
 
     Args:
-        windows: [n, L + 1] token ids: L positions and the token after the last.
-        boundaries: flat positions in 1 .. n * L before which a document ends: the position before each gets no label.
+        windows: [n, L + 1] token ids: L positions and the token after the last. boundaries: flat positions in
+        1 .. n * L before which a document ends: the position before each gets no label.
 
     Returns:
         input_ids [n * L] and labels [n * L], int64.

@@ -1,7 +1,7 @@
 """Order as a function: which sample stands at which place is computed, never stored.
 
-A keyed permutation of range(size) costs no start-up time and no memory at any size, and sample n does not depend on
-world size, workers, batch sizes or interruptions: a checkpoint only keeps the count of samples consumed.
+A keyed permutation of range(size) costs no start-up time and no memory at any size, and sample n does not
+depend on world size, workers, batch sizes or interruptions: a checkpoint keeps the count of samples, no more.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_SIZE = 2**62
-ROUNDS = (
-    16  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); 16 choose evenly among those of 6 elements
-)
+ROUNDS = 16  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); 16 choose evenly also for size 6
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 / golden ratio, odd
 ROUND_STEPS = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOLDEN)
 
@@ -23,10 +21,10 @@ ROUND_STEPS = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOL
 def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:
     """Where a keyed bijection of range(size) sends each index: int64 [n] -> int64 [n], both in [0, size).
 
-    A generalised Feistel network on the rectangle rows x columns >= size, with cycle walking: what lands beyond
-    `size` is sent on until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2
-    and 3). The rectangle exceeds `size` by less than its longer side, so walks are rare. The round function is
-    splitmix64's finaliser.
+    A generalised Feistel network on the rectangle rows x columns >= size, with cycle walking: what lands
+    beyond `size` is sent on until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite
+    domains", methods 2 and 3). The rectangle exceeds `size` by less than its longer side, so walks are rare.
+    The round function is splitmix64's finaliser.
 
     Args:
         index: [n]; values in [0, size).
@@ -62,16 +60,13 @@ def _feistel(
 def _shift(
     half: NDArray[np.uint64], other: NDArray[np.uint64], key: NDArray[np.uint64], modulus: np.uint64
 ) -> NDArray[np.uint64]:
-    """(half + a hash of `other` in [0, modulus)) mod modulus: undone by subtracting, so each round is a bijection."""
+    """(half + a hash of `other`) mod modulus: undone by subtracting, so each round is a bijection."""
     shift = _mix(other + key)
     shift >>= np.uint64(32)
     shift *= modulus
     shift >>= np.uint64(32)  # multiply-shift instead of a division: 32 hash bits scaled to [0, modulus)
     shift += half
-    np.minimum(
-        shift, shift - modulus, out=shift
-    )  # below the modulus the difference wraps round to a huge number
-    return shift
+    return np.minimum(shift, shift - modulus)  # below the modulus the difference wraps round: huge
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -85,14 +80,14 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def epoch_key(seed: int, epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Keys of epochs' permutations: int64 [n] -> uint64 [n], drawn from a splitmix64 that starts at the mixed seed."""
+    """Keys of epochs' permutations: int64 [n] -> uint64 [n], a splitmix64 that starts at the mixed seed."""
     return _mix(_mix(np.array([seed], np.uint64)) + epoch.astype(np.uint64) * np.uint64(GOLDEN))
 
 
 def sample_windows(first: int, count: int, size: int, seed: int) -> NDArray[np.int64]:
     """Window index of the samples first .. first + count - 1: int64 [count], values in [0, size).
 
-    Sample n belongs to epoch n // size; each epoch runs through all `size` windows once, in an order of its own.
+    Sample n belongs to epoch n // size; each epoch runs through all windows once, in an order of its own.
     """
     sample = np.arange(first, first + count)
     epoch = sample // size
@@ -103,5 +98,5 @@ def sample_windows(first: int, count: int, size: int, seed: int) -> NDArray[np.i
 
 
 def digest(samples: NDArray[np.int64]) -> str:
-    """Fingerprint of sample numbers or window indices in order: 16 hex digits, BLAKE2b over little-endian int64."""
+    """Fingerprint of sample numbers or window indices: 16 hex digits, BLAKE2b over little-endian int64."""
     return hashlib.blake2b(np.asarray(samples, dtype="<i8").tobytes(), digest_size=8).hexdigest()

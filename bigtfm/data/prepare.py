@@ -1,18 +1,16 @@
 """`bigtfm prepare`: text of any kind and size into a token data set (format: see indexed.py).
 
-The input is cut into units of work, a function of the input alone. Workers tokenise units into a folder below OUT/.prepare;
-at the end the units are joined in order. So the result is the same byte for byte whatever the number of workers, and after
-a kill the same command goes on with the units that are missing.
+The input is cut into units of work, a function of the input alone. Workers tokenise units into folders below
+OUT/.prepare; at the end the units are joined in order. So the result is the same byte for byte whatever the
+number of workers, and after a kill the same command goes on with the units that are missing.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +18,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem, did_you_mean
-from bigtfm.data.indexed import HEADER_NAME, TOKENIZER_FOLDER, Header, TokenDataset
-from bigtfm.data.sources import EMBEDDED, READ_BYTES, Reading, Source, Unit, find_sources, plan_units
+from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean
+from bigtfm.data.indexed import TOKENIZER_FOLDER, Header, TokenDataset
+from bigtfm.data.sources import EMBEDDED, Reading, Source, Unit, find_sources, plan_units
 from bigtfm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from bigtfm.data.train_tokenizer import ModelType, sample_documents, train_sentencepiece
-from bigtfm.data.units import SPLITS, Counts, Job, Record, join_units, read_record, unit_folder, write_synced
-from bigtfm.data.workers import STORAGE_FIX, run_units
+from bigtfm.data.units import SPLITS, Counts, Job, Record, join_units, read_record, unit_folder
+from bigtfm.data.work_folder import (
+    continue_or_start,
+    is_finished,
+    locked,
+    publish,
+    spool_stdin,
+    storage_errors,
+)
+from bigtfm.data.workers import run_units
 
-WORK_FOLDER = ".prepare"
-PLAN_NAME = "prepare.json"  # what command made the data set; the header says what it holds
 FILE_BYTES = 2**30
 
 Report = Callable[[str, int, int], None]  # stage, done, total: in bytes of input
@@ -66,15 +70,18 @@ def prepare(
     unit_bytes: int | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> Summary:
-    """Make the data set in folder `out` from `inputs`: files, folders, "-" (stdin), "embedded", hf:NAME[@CONFIG][:SPLIT].
+    """Make the data set in folder `out` from `inputs`.
 
     Args:
-        tokenizer: a sentencepiece .model, a tokenizer.json or a folder; None: train a sentencepiece model on the input.
+        inputs: files (.txt .jsonl .csv .parquet, some .gz), folders, "-" (stdin), "embedded", a folder that
+            `datasets` saved, or hf:NAME[@CONFIG][:SPLIT] (a hub name or local folder, loaded by `datasets`).
+        out: folder to write; it is a data set once it holds dataset.json.
+        tokenizer: a sentencepiece .model, a tokenizer.json or a folder; None: train a sentencepiece model.
         vocab_size: pieces to train; None: what suits the size of the text (2048 for the embedded corpus).
         model_type: bpe or unigram.
         text_column: column (of .parquet, .csv) or key (of .jsonl) that holds the text.
-        validation_fraction: of the documents, chosen by their hash; if that picks none, the first by hash is taken.
-        document_bytes: size, about, of the documents that a .txt is cut into; None: a hundredth of the text, 1 to 64 KiB.
+        validation_fraction: of the documents, chosen by their hash; at least one if above 0.
+        document_bytes: least size of the documents a .txt is cut into; None: 1/100 of the text, 1 to 64 KiB.
         stdin_format: txt, jsonl or csv: what "-" is.
         workers: processes; None: one a core.
         force: replace a data set, or unfinished work, of another command.
@@ -91,8 +98,8 @@ def prepare(
         inputs, tokenizer, vocab_size, model_type, validation_fraction, document_bytes, stdin_format, workers
     )
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
-    with _storage_errors(out), _locked(out) as work:
-        sources = find_sources(inputs, _spool_stdin(work, stdin_format) if "-" in inputs else None)
+    with storage_errors(out), locked(out) as work:
+        sources = find_sources(inputs, spool_stdin(work, stdin_format) if "-" in inputs else None)
         reading = _reading(sources, text_column, document_bytes, unit_bytes)
         options = {
             "text_column": text_column,
@@ -103,10 +110,10 @@ def prepare(
             "tokenizer": given.identity if given else f"{model_type} {vocab_size or 'auto'}",
         }
         plan = {"inputs": list(map(_name, inputs)), "sources": _fingerprint(sources), "options": options}
-        if _is_finished(out, plan, force):
+        if is_finished(out, plan, force):
             shutil.rmtree(work)
             return _describe(TokenDataset.open(out), started)
-        _continue_or_start(work, plan, force)
+        continue_or_start(work, plan, force)
         with _reporting(progress) as report:
             units = plan_units(sources, reading)
             model = _tokenizer(work, given, units, reading, vocab_size, model_type, report)
@@ -116,7 +123,7 @@ def prepare(
             header = _join(
                 job, records, folders, model, plan, sum(source.size for source in sources), file_bytes
             )
-        _publish(out, work, header, plan)
+        publish(out, work, header, plan)
         empty = sum(record.empty_documents for record in records)
         return _describe(TokenDataset.open(out), started, empty_documents=empty, existing=False)
 
@@ -190,93 +197,6 @@ def _fingerprint(sources: Sequence[Source]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _storage_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageProblem(f"can't be written: {error}", where=str(out), fix=STORAGE_FIX) from None
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[Path]:
-    """OUT/.prepare, for this process alone."""
-    if out.exists() and not out.is_dir():
-        raise ConfigProblem("is a file", where=str(out), fix="pass a folder with --out")
-    work = out / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fix = "wait for it, or pass another --out"
-            raise DataProblem("another `bigtfm prepare` is at work here", where=str(out), fix=fix) from None
-        try:
-            yield work
-        finally:
-            if work.exists() and os.listdir(work) == ["lock"]:
-                shutil.rmtree(work)  # nothing to go on with
-
-
-def _spool_stdin(work: Path, stdin_format: str) -> Source:
-    """Standard input as a file: it is read twice, and again after a kill (whoever sends it sends the same)."""
-    path = work / f"stdin.{stdin_format}"
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        while block := sys.stdin.buffer.read(READ_BYTES):
-            digest.update(block)
-            file.write(block)
-        size = file.tell()
-    return Source(str(path.resolve()), stdin_format, size, int.from_bytes(digest.digest()[:8], "big"))
-
-
-def _is_finished(out: Path, plan: dict[str, Any], force: bool) -> bool:
-    """Whether the data set is there already, made by the same command.
-
-    Raises:
-        DataProblem: it is there, made by another command, and not `force`.
-    """
-    if force or not (out / HEADER_NAME).exists():
-        return False
-    made = _read_json(out / PLAN_NAME)
-    if made != plan:
-        what = f"holds a data set of another command ({_difference(made, plan)})"
-        raise DataProblem(what, where=str(out), fix="pass another --out, or --force to replace it")
-    return True
-
-
-def _continue_or_start(work: Path, plan: dict[str, Any], force: bool) -> None:
-    """Keep the finished units of the same command; with `force`, clear those of another one."""
-    path = work / PLAN_NAME
-    if path.exists() and (made := _read_json(path)) != plan:
-        if not force:
-            what = f"holds unfinished work of another command ({_difference(made, plan)})"
-            raise DataProblem(
-                what, where=str(work.parent), fix="finish it with that command, or pass --force to start over"
-            )
-        for name in ("units", TOKENIZER_FOLDER):
-            shutil.rmtree(work / name, ignore_errors=True)
-    write_synced(path.with_suffix(".new"), json.dumps(plan).encode())
-    path.with_suffix(".new").replace(path)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _difference(made: Any, plan: dict[str, Any]) -> str:
-    if not isinstance(made, dict):
-        return "it can't be told which"
-    old, new = {**made, **made.get("options", {})}, {**plan, **plan["options"]}
-    for key in ("inputs", *plan["options"]):
-        if old.get(key) != new[key]:
-            return f"{key} was {old.get(key)}, is {new[key]}"
-    return "the input files have changed since"
-
-
 def _tokenizer(
     work: Path,
     given: Tokenizer | None,
@@ -286,7 +206,7 @@ def _tokenizer(
     model_type: ModelType,
     report: Report,
 ) -> Tokenizer:
-    """The data set's tokenizer, in work/tokenizer: the given one, that of an interrupted run, or a new one."""
+    """The data set's tokenizer, in work/tokenizer: an interrupted run's, the given one, or a new one."""
     folder = work / TOKENIZER_FOLDER
     if folder.exists():
         return load_tokenizer(folder)
@@ -383,31 +303,6 @@ def _join(
     }
     Header.model_validate(header)  # ours to get right: not a user's mistake
     return json.dumps(header, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def _publish(out: Path, work: Path, header: bytes, plan: dict[str, Any]) -> None:
-    """Move .prepare/final into place. A data set is there when its header is, so that goes first and comes last."""
-    (out / HEADER_NAME).unlink(missing_ok=True)
-    for split in SPLITS:  # a data set that is replaced may have had more files
-        for old in [*out.glob(f"{split}-*.bin"), *out.glob(f"{split}-*.idx")]:
-            old.unlink()
-    shutil.rmtree(out / TOKENIZER_FOLDER, ignore_errors=True)
-    for new in sorted((work / "final").iterdir()):
-        new.rename(out / new.name)
-    write_synced(out / PLAN_NAME, json.dumps(plan).encode())
-    _sync_folder(out)
-    write_synced(work / HEADER_NAME, header)
-    (work / HEADER_NAME).rename(out / HEADER_NAME)
-    _sync_folder(out)
-    shutil.rmtree(work)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _describe(

@@ -1,7 +1,7 @@
 """Tokenizers: a sentencepiece model or a Hugging Face one, behind one small interface.
 
-A sentencepiece model trained here (train_tokenizer.py) has byte fallback, identity normalisation, no dummy prefix, and keeps every blank, so that any bytes
-at all come back exactly: `decode_bytes(encode(data)) == data`.
+A sentencepiece model trained here (train_tokenizer.py) has byte fallback, identity normalisation, no dummy
+prefix, and keeps every blank, so that any bytes at all come back: `decode_bytes(encode(data)) == data`.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face fast tokenizer (tokenizer.json). Special tokens are never read from a document's text."""
+    """A Hugging Face fast tokenizer (tokenizer.json). Special tokens are never read from text."""
 
     kind = "huggingface"
     lossless = False  # invalid UTF-8 becomes U+FFFD, and many normalise
@@ -296,7 +296,7 @@ class HuggingFaceTokenizer:
 
 
 def segments(data: bytes, target: int) -> Iterator[bytes]:
-    """Cut `data` into pieces of at least `target` bytes, each (but the first) beginning at a line end or a word's blank."""
+    """Cut `data` into parts of at least `target` bytes; the later ones begin with a line end or blank."""
     start = 0
     while len(data) - start > target:
         limit = start + target + LONGEST_SEGMENT_BYTES
@@ -338,7 +338,7 @@ def _runs(data: bytes) -> Iterator[tuple[bytes, bool]]:
 
 
 def _keeps_text(processor: Any) -> bool:
-    """Whether the model's normaliser changes nothing: tried on blanks and on the characters that rules are written for."""
+    """Whether the normaliser changes nothing: tried on blanks and the characters that rules exist for."""
     characters = [*range(1, 0x3400), *range(0xF900, 0xFFFE), *range(0x1D400, 0x1D500)]
     probe = "  a  b\n\n" + "".join(map(chr, characters)) + " "
     return bool(processor.normalize(probe) == probe.replace(" ", WORD_MARK))

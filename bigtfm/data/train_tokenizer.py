@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 
 from bigtfm.config.problems import DataProblem
-from bigtfm.data.sources import Reading, Unit, read_documents
+from bigtfm.data.documents import read_documents
+from bigtfm.data.sources import Reading, Unit
 from bigtfm.data.tokenizer import LONGEST_SEGMENT_BYTES, SEGMENT_BYTES, WORD_MARK, segments
 
 ModelType = Literal["bpe", "unigram"]
@@ -50,12 +51,12 @@ def train_sentencepiece(
 ) -> bytes:
     """Train a lossless model on `sample` (documents, held in memory); the same sample gives the same bytes.
 
-    Pieces 0-2 are <unk>, <s>, </s>, then 256 byte pieces. `vocab_size` None: the power of two that suits the sample,
-    1024 to 32768 (2048 for the embedded corpus), or the largest possible if the text has less to offer.
+    Pieces 0-2 are <unk>, <s>, </s>, then come 256 byte pieces. `vocab_size` None: the power of two that suits
+    the sample, 1024 to 32768 (2048 for the embedded corpus), or the largest possible if the text offers less.
 
     Raises:
-        DataProblem: the sample is too small for `vocab_size` (the line names the largest possible), or it is too small
-            a vocabulary for the characters of the text.
+        DataProblem: the sample is too small for `vocab_size` (the line names the largest possible), or
+            `vocab_size` is too small for the sample's characters.
     """
     suited = 2 ** int(np.log2(max(sum(map(len, sample)), 1) / 500 + 1))
     wanted = vocab_size or min(max(suited, 1024), 32768)
@@ -108,7 +109,7 @@ def _train(sample: Sequence[bytes], vocab_size: int, model_type: ModelType) -> b
 
 
 def _sentences(sample: Sequence[bytes]) -> Iterator[str]:
-    """Lines, the long ones cut at a blank, without what a model must not learn (line ends, word marks, NUL, tab)."""
+    """Lines, the long ones cut, without what a model must not learn (line ends, word marks, NUL, tab)."""
     for document in sample:
         for segment in segments(document, 4 * SEGMENT_BYTES):
             yield from filter(None, re.split(f"[\\n\\r\\t\\0{WORD_MARK}]", segment.decode("utf-8", "ignore")))

@@ -1,7 +1,8 @@
-"""One unit of `bigtfm prepare`'s work: its documents' tokens on disk, complete or not there at all; then all units joined.
+"""Units of work: the tokens of each on disk, complete or not there at all; then all of them joined.
 
-A finished unit is a folder  units/00000012/  with train.bin, train.idx, validation.bin, validation.idx (as in the data set,
-positions counted from the unit's start) and record.json. It is written under another name and renamed.
+A finished unit is a folder  units/00000012/  with train.bin, train.idx, validation.bin, validation.idx (as in
+the data set, positions counted from the unit's start) and record.json. It is written under another name and
+renamed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from bigtfm.data.documents import read_documents
 from bigtfm.data.indexed import INDEX_DTYPE
-from bigtfm.data.sources import Reading, Unit, read_documents
+from bigtfm.data.sources import Reading, Unit
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
@@ -56,7 +58,7 @@ class Counts:
 
 @dataclass
 class Record:
-    """What a unit holds. `smallest_hash` is that of the document that comes first if validation would else be empty."""
+    """What a unit holds. `smallest_hash` is of its documents (2**64: none)."""
 
     splits: dict[str, Counts]
     empty_documents: int = 0
@@ -94,7 +96,7 @@ def read_record(job: Job, number: int, chosen: int | None = None) -> Record | No
 def write_unit(job: Job, number: int, spans: Unit, chosen: int | None = None) -> Record:
     """Tokenise the documents of `spans` into the unit's folder.
 
-    A document goes to validation if its hash, as a fraction of 2**64, is below `job.validation_fraction`, or is `chosen`.
+    A document goes to validation if its hash is `chosen`, or below `job.validation_fraction` of 2**64.
     """
     folder = unit_folder(job, number, chosen)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -188,8 +190,10 @@ class _SplitWriter:
 def join_units(
     job: Job, name: str, folders: Iterable[Path], out: Path, file_bytes: int
 ) -> list[dict[str, Any]]:
-    """Join one split of all units, in order, into out/NAME-00000.bin and .idx ...; a file ends with the unit at which it
-    reaches `file_bytes`. Returns the header's entry for each file."""
+    """Join one split of all units, in order, into out/NAME-00000.bin, .idx, ...; returns header entries.
+
+    A file ends with the unit at which it reaches `file_bytes`, so never within a document.
+    """
     entries: list[dict[str, Any]] = []
     current: _JoinedFile | None = None
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Units of work in several processes: a worker that is killed is noticed, and no worker outlives the process that started it."""
+"""Units of work in several processes. A killed worker is noticed; none outlives its parent process."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _die_with_parent() -> None:
 
 
 def _work(job: Job, number: int, spans: Unit, chosen: int | None) -> tuple[int, Any]:
-    """The unit's record, or the parts of a Problem (the exception itself doesn't travel between processes)."""
+    """The unit's record, or the parts of a Problem (exceptions with keyword arguments don't travel)."""
     try:
         return number, write_unit(job, number, spans, chosen)
     except Problem as problem:

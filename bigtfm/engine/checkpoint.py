@@ -16,19 +16,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from bigtfm.config.problems import NoCheckpoint, StorageProblem
+from bigtfm.config.problems import NoCheckpoint
 from bigtfm.engine import fragments
 from bigtfm.engine.distributed import Ranks
 
@@ -57,16 +54,15 @@ def save(root: Path, engine: Any, progress: Progress, ranks: Ranks) -> Path:
     """
     final = root / f"step-{progress.step:08d}"
     building = root / f".building-{final.name}"
-    with _agreed(ranks, f"writing {final}"):
+    with ranks.together(f"writing {final}"):
         if ranks.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
     mine: dict[str, Any] = {}
-    with _agreed(ranks, f"writing {final}"):
+    with ranks.together(f"writing {final}"):
         mine = _write_shard(building, engine, ranks)
-    gathered: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(gathered, mine, group=ranks.control)
-    with _agreed(ranks, f"writing {final}"):
+    gathered = ranks.gather(mine)
+    with ranks.together(f"writing {final}"):
         if ranks.rank == 0:
             _finish(building, final, gathered, _state(engine, progress))
     return final
@@ -138,24 +134,6 @@ def _flush_directory(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def _agreed(ranks: Ranks, doing: str) -> Iterator[None]:
-    """If the block fails on any rank, all ranks raise the same StorageProblem, so none waits for one that left."""
-    failure = ""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        failure = f"rank {ranks.rank}: {error}"
-    failures: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(failures, failure, group=ranks.control)
-    if any(failures):
-        raise StorageProblem(
-            f"{doing} failed: {next(filter(None, failures))}",
-            where="checkpoint",
-            fix="free space or mend the disk, then start the same command again: it resumes from the last checkpoint",
-        )
-
-
 def defect(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint directory, or None when every file is there with its SHA-256."""
     try:
@@ -202,17 +180,16 @@ def newest(root: Path) -> Path | None:
 
 def newest_for_all(root: Path, ranks: Ranks) -> Path | None:
     """`newest`, looked for by rank 0 and told to the others."""
-    answer: list[Any] = [None]
+    found: Path | NoCheckpoint | None = None
     if ranks.rank == 0:
         try:
-            answer = [newest(root)]
+            found = newest(root)
         except NoCheckpoint as problem:
-            answer = [problem.args[0], problem.where, problem.fix]
-    torch.distributed.broadcast_object_list(count := [answer], src=0, group=ranks.control)
-    answer = count[0]
-    if len(answer) == 3:
-        raise NoCheckpoint(answer[0], where=answer[1], fix=answer[2])
-    return answer[0]
+            found = problem
+    answer = ranks.from_first(found)
+    if isinstance(answer, NoCheckpoint):
+        raise answer
+    return answer
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
+from safetensors import SafetensorError
 
 from bigtfm.config.launch import RENDEZVOUS, Launch
-from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.problems import ConfigProblem, StorageProblem
 
 @dataclass(frozen=True)
 class Ranks:
@@ -31,14 +34,48 @@ class Ranks:
     def world_size(self) -> int:
         return self.launch.world_size
 
+    @property
+    def device_name(self) -> str:
+        """"cpu", or the GPU's name."""
+        return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64 (exact for whole numbers below 2^53)."""
         total = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def barrier(self) -> None:
-        torch.distributed.barrier(group=self.control)
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks."""
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """If writing fails in the block on any rank, all ranks raise the same, so none waits for one that left.
+
+        Raises:
+            StorageProblem
+        """
+        failure = ""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            failure = f"rank {self.rank}: {error}"
+        failures = [text for text in self.gather(failure) if text]
+        if failures:
+            raise StorageProblem(
+                f"{doing} failed: {failures[0]}",
+                where="storage",
+                fix="free space or mend the disk, then start the same command again: it resumes from the last checkpoint",
+            )
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()

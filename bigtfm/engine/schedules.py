@@ -1,7 +1,7 @@
-"""The learning-rate schedules that DeepSpeed lacks, with the interface that its engine asks of a scheduler object.
+"""The learning-rate schedules that DeepSpeed lacks, with the interface that its engine asks for.
 
-The engine calls `step()` after every update that it applied (not after one that overflowed). Updates are numbered from 1;
-the constructor sets the lr of update 1, so that no update is spent on an lr of 0.
+The engine calls `step()` after every update that it applied (not after one that overflowed). Updates are
+numbered from 1; the constructor sets the lr of update 1, so that no update is spent on an lr of 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def warmup(step: int, warmup_num_steps: int) -> float:
 
 
 def inverse_square_root(step: int, warmup_num_steps: int) -> float:
-    """min(step / warmup, sqrt(warmup / step)): Vaswani et al. 2017, "Attention is all you need", eq. 3, peak 1."""
+    """min(step / warmup, sqrt(warmup / step)): Vaswani et al. 2017, "Attention is all you need", eq. 3."""
     peak = max(1, warmup_num_steps)
     return min(step / peak, math.sqrt(peak / step))
 
@@ -40,8 +40,8 @@ def wsd(
     """Warm-up, stable, decay: Hu et al. 2024 (MiniCPM); 1 - sqrt is Hägele et al. 2024, "Scaling laws and
     compute-optimal training beyond fixed training durations".
 
-    The decay counts finished updates, as the latter do: its first update still has the full lr, and the minimum comes
-    after update total_num_steps, so that the last one still moves the weights.
+    The decay counts finished updates, as the latter do: its first update still has the full lr, and the
+    minimum comes after update total_num_steps, so that the last one still moves the weights.
     """
     finished = step - 1 - (total_num_steps - decay_num_steps)
     progress = min(1.0, max(0, finished) / max(1, decay_num_steps))
@@ -55,7 +55,7 @@ def wsd(
 
 
 class Schedule:
-    """Sets lr x multiplier(number of the update to come) on every parameter group. Its whole state is that number."""
+    """Sets lr x multiplier(number of the next update) on all parameter groups; its state is that number."""
 
     def __init__(self, optimizer: Optimizer, lr: float, multiplier: Callable[[int], float]) -> None:
         _require(lr > 0, "lr", f"must be above 0, not {lr}")
@@ -105,7 +105,7 @@ def WSD(
     min_lr_ratio: float = 0.0,
     decay_type: Decay = "linear",
 ) -> Schedule:
-    """Linear warm-up to `lr`, a plateau, then a decay to min_lr_ratio x lr over the last decay_num_steps updates.
+    """Linear warm-up to `lr`, a plateau, a decay to min_lr_ratio x lr over the last decay_num_steps updates.
 
     Raises:
         ConfigProblem: a value is out of range, or warm-up and decay overlap.
@@ -129,8 +129,8 @@ def WSD(
 class ReduceOnPlateau(Schedule):
     """Linear warm-up to `lr`, then times `factor` whenever the validation loss stops falling.
 
-    An evaluation improves if its loss is below best x (1 - threshold); after more than `patience` evaluations in a row
-    without one, the lr falls, never under `min_lr`. Call `observe` on every rank with the same loss.
+    An evaluation improves if its loss is below best x (1 - threshold); after more than `patience` evaluations
+    in a row without one, the lr falls, never under `min_lr`. Call `observe` on every rank with the same loss.
 
     Raises:
         ConfigProblem: a value is out of range.

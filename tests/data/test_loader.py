@@ -17,7 +17,7 @@ VOCAB = 1000
 
 
 class MemorySplit:
-    """A split held in memory: documents of the given lengths (BOS and EOS included); neighbouring tokens differ."""
+    """A split in memory: documents of the given lengths (BOS and EOS included); neighbours differ."""
 
     name = "train"
 
@@ -177,10 +177,12 @@ def write_dataset(folder, memory, files):
         starts.tofile(folder / f"{n}.idx")
         entries.append({
             "name": f"{n}.bin", "tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-            "index": f"{n}.idx", "documents": len(starts), "index_sha256": hashlib.sha256(starts.tobytes()).hexdigest(),
+            "index": f"{n}.idx", "documents": len(starts),
+            "index_sha256": hashlib.sha256(starts.tobytes()).hexdigest(),
         })  # fmt: skip
     split = {
-        "documents": len(memory.starts), "tokens": memory.num_tokens, "bytes": 1, "max_id": VOCAB - 1, "files": entries,
+        "documents": len(memory.starts), "tokens": memory.num_tokens, "bytes": 1, "max_id": VOCAB - 1,
+        "files": entries,
     }  # fmt: skip
     header = Header.model_validate({
         "dtype": memory.tokens.dtype.name, "vocab_size": VOCAB, "source": {}, "options": {},
@@ -213,7 +215,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position():
     split.tokens[137] = VOCAB
     loader = Loader(split, 16, seed=0, vocab_size=VOCAB, shuffle=False)
     assert loader.batch(0, 8).num_labels  # positions up to 128
-    with pytest.raises(DataProblem, match=rf"token 137 has id {VOCAB}") as caught:
+    with pytest.raises(DataProblem, match=rf"token 137 is {VOCAB}, beyond") as caught:
         loader.batch(7, 4)
     assert caught.value.exit_code == 65
     assert Loader(split, 16, 0, VOCAB + 1, shuffle=False).batch(7, 4).num_labels
@@ -222,7 +224,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position():
 @pytest.mark.parametrize(("tokens", "shuffle"), [(16, True), (1, True), (0, True), (1, False), (0, False)])
 def test_a_split_that_is_too_short_says_so(tokens, shuffle):
     split = SimpleNamespace(num_tokens=tokens, name="train")
-    with pytest.raises(DataProblem, match=f"{tokens} tokens is too short") as caught:
+    with pytest.raises(DataProblem, match=f"{tokens} tokens are too few") as caught:
         Loader(split, 16, seed=0, vocab_size=VOCAB, shuffle=shuffle)
     assert "data.seq_len" in caught.value.line
 

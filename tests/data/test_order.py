@@ -54,7 +54,7 @@ def test_large_sizes_stay_inside_and_never_collide(size, key, data):
     ("rows", "columns"), [(2**31, 2**31), (2**31, 2**31 - 1), (1_000_000, 999_999), (4, 3)]
 )
 def test_feistel_rounds_can_be_undone(rows, columns):
-    """The network is a bijection also where nobody can enumerate it: its inverse, written here, gives the input back."""
+    """A bijection also where nobody can enumerate it: its inverse, written here, gives the input back."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, rows * columns, 5000).astype(np.uint64)
     keys = rng.integers(0, 2**63, (order.ROUNDS, 1)).astype(np.uint64)
@@ -78,7 +78,7 @@ def test_permutation_is_pinned():
 
 
 def mixing(out, size):
-    """Worst of the statistics, in standard deviations, that a uniformly random permutation would have about 1 of."""
+    """Worst of the statistics, in standard deviations from what a random permutation has."""
     n = len(out)
     scaled = out / size - 0.5
     neighbours = np.mean(scaled[1:] * scaled[:-1]) * 12 * math.sqrt(n)

@@ -15,7 +15,7 @@ def sgd(groups=1, lr=99.0):
 
 
 def used(schedule, updates):
-    """The lr that each of the next `updates` optimizer steps would use, as DeepSpeed's engine drives a scheduler."""
+    """The lr of each of the next `updates` optimizer steps, as DeepSpeed's engine drives a scheduler."""
     lrs = []
     for _ in range(updates):
         (lr,) = {group["lr"] for group in schedule.optimizer.param_groups}
@@ -78,7 +78,7 @@ def test_plateau_reduces_after_more_than_patience_bad_evaluations():
     for loss in [3.0, 2.0, 1.99, 1.97, 1.96, 1.96, 1.96, 1.96, 1.96, 1.0]:
         schedule.observe(loss)
         seen.append(schedule.get_lr()[0] / LR)
-    # 1.99 does not improve on 2.0 by 1 %; 1.97 does; then four times two bad ones in a row; the floor is a third
+    # 1.99 isn't 1 % below 2.0, 1.97 is; then bad ones, every second of which reduces; the floor is a third
     assert seen == pytest.approx([1, 1, 1, 1, 1, 0.5, 0.5, 1 / 3, 1 / 3, 1 / 3])
     assert schedule.optimizer.param_groups[1]["lr"] == pytest.approx(LR / 3)
 

@@ -1,0 +1,185 @@
+"""What a run comes to: both files and the data set's header together, checked and resolved, without torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from bigtfm.config.deepspeed import DeepSpeedConfig
+from bigtfm.config.problems import ConfigProblem, DataProblem
+from bigtfm.config.run import RunConfig
+from bigtfm.data.indexed import TokenDataset
+from bigtfm.planner.memory import count_parameters
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BUFFER_SIZE = 100_000_000  # DeepSpeed's default, in elements
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The truths of a run, each as a number or a name."""
+
+    name: str
+    run_dir: str
+    world_size: int  # ranks
+    micro_batch: int  # sequences per rank in one forward pass
+    accumulation: int  # forward passes per rank in one optimizer step
+    global_batch: int  # sequences in one optimizer step
+    seq_len: int  # tokens in a sequence
+    tokens_per_step: int
+    steps: int  # optimizer steps of this run
+    horizon: int | None  # the scheduler's total steps, if it has them
+    train_tokens: int  # tokens in the training split
+    steps_per_epoch: float
+    epochs: float  # passes over the training split
+    parameters: int  # shared ones counted once
+    vocab_size: int
+    padded_vocab_size: int  # rows of the embedding
+    precision: str  # fp32, bf16 or fp16
+    zero_stage: int
+    offload_optimizer: str  # none, cpu or nvme
+    offload_param: str
+    optimizer: str
+    scheduler: str | None
+    lr: float  # the peak
+    gradient_clipping: float  # largest L2 norm; 0: no limit
+    recompute: str | int
+
+    def to_json(self) -> str:
+        """One JSON object, a key a line."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def resolve(
+    config: RunConfig, deepspeed: DeepSpeedConfig, world_size: int, dataset: TokenDataset
+) -> Resolved:
+    """Everything that follows from both files, the number of ranks and the data set.
+
+    Raises:
+        ConfigProblem: the two files, or one of them and the number of ranks, don't fit together.
+        DataProblem: the training split is too short for one sequence.
+    """
+    for check in (_evaluates, _recomputes_exactly):
+        check(config, deepspeed)
+    steps = deepspeed.steps_of(config.run.steps)
+    micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)
+    padded_vocab_size = config.model.padded_vocab_size(dataset.vocab_size)
+    _buffers_hold(padded_vocab_size * config.model.hidden_size, deepspeed, world_size)
+    tokens_per_step = global_batch * config.seq_len
+    train_tokens = dataset.split("train").num_tokens
+    if train_tokens <= config.seq_len:  # the label of a position is the token after it
+        raise DataProblem(
+            f"the training split has {train_tokens} tokens, too few for a sequence of {config.seq_len}",
+            where=config.data.path,
+            fix="prepare more text, or set a smaller data.seq_len",
+        )
+    return Resolved(
+        name=config.run.name,
+        run_dir=str(config.run_dir),
+        world_size=world_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        global_batch=global_batch,
+        seq_len=config.seq_len,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        horizon=deepspeed.horizon,
+        train_tokens=train_tokens,
+        steps_per_epoch=train_tokens / tokens_per_step,
+        epochs=steps * tokens_per_step / train_tokens,
+        parameters=count_parameters(config.model, dataset.vocab_size),
+        vocab_size=dataset.vocab_size,
+        padded_vocab_size=padded_vocab_size,
+        precision=deepspeed.precision,
+        zero_stage=deepspeed.zero_stage,
+        offload_optimizer=deepspeed.offload("optimizer"),
+        offload_param=deepspeed.offload("param"),
+        optimizer=deepspeed.optimizer_type,
+        scheduler=deepspeed.scheduler_type,
+        lr=deepspeed.lr,
+        gradient_clipping=deepspeed.clipping,
+        recompute=config.compute.recompute,
+    )
+
+
+def _buffers_hold(largest: int, deepspeed: DeepSpeedConfig, world_size: int) -> None:
+    """On NVMe, a rank's share of the largest parameter, the embedding, has to fit into one of DeepSpeed's buffers."""
+    if deepspeed.offload("param") != "nvme":
+        return
+    share = -(-largest // world_size)
+    buffer = deepspeed.zero["offload_param"].get("buffer_size", BUFFER_SIZE)
+    if share > buffer:
+        raise ConfigProblem(
+            f"zero_optimization.offload_param.buffer_size {int(buffer)} is less than a rank's {share} elements of "
+            "the embedding",
+            where=str(deepspeed.path),
+            fix=f'write "buffer_size": {share} or more, or use more ranks',
+        )
+
+
+def _evaluates(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
+    """What waits for evaluations needs some."""
+    waiting = {
+        "scheduler ReduceOnPlateau": deepspeed.scheduler_type == "ReduceOnPlateau",
+        "eval.patience": config.eval.patience > 0,
+    }
+    for what, on in waiting.items():
+        if on and config.eval.every == 0:
+            raise ConfigProblem(
+                f"{what} waits for evaluations, and eval.every is 0: there is one at the end only",
+                where="run config",
+                fix="set eval.every to a number of steps",
+            )
+
+
+def _recomputes_exactly(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
+    """At stage 3 DeepSpeed's own linear adds the bias in place into the product that recomputation saved."""
+    if (
+        config.compute.recompute == "selective"
+        and config.model.bias
+        and deepspeed.zero_stage == 3
+        and deepspeed.zero.get("memory_efficient_linear") is True
+    ):
+        raise ConfigProblem(
+            "zero_optimization.memory_efficient_linear true gives wrong gradients together with "
+            "compute.recompute selective and model.bias true",
+            where=str(deepspeed.path),
+            fix='write "memory_efficient_linear": false',
+        )
+
+
+def render(resolved: Resolved) -> Table:
+    """The same for reading, as a table that rich can print."""
+    from rich.table import Table
+
+    r = resolved
+    offload = [f"{what} on {where}" for what, where in _offloads(r) if where != "none"]
+    rows = {
+        "run": f"{r.name} in {r.run_dir}",
+        "batch": f"{r.global_batch:,} sequences = {r.micro_batch} micro batch x {r.accumulation} accumulation "
+        f"x {r.world_size} ranks",
+        "tokens per step": f"{r.tokens_per_step:,} = {r.global_batch:,} x {r.seq_len:,}",
+        "steps": f"{r.steps:,}"
+        + (f" of the schedule's {r.horizon:,}" if r.horizon not in (None, r.steps) else ""),
+        "training tokens": f"{r.train_tokens:,}",
+        "steps per epoch": f"{r.steps_per_epoch:,.1f}",
+        "epochs": f"{r.epochs:,.2f}",
+        "parameters": f"{r.parameters:,}",
+        "vocabulary": f"{r.vocab_size:,} (padded to {r.padded_vocab_size:,})",
+        "precision": r.precision,
+        "ZeRO stage": ", ".join([str(r.zero_stage), *offload]),
+        "optimizer": f"{r.optimizer}, lr {r.lr:g}, {r.scheduler or 'constant'}",
+        "clipping": f"gradient norm {r.gradient_clipping:g}" if r.gradient_clipping else "none",
+        "recompute": str(r.recompute),
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _offloads(resolved: Resolved) -> list[tuple[str, str]]:
+    return [("optimizer", resolved.offload_optimizer), ("parameters", resolved.offload_param)]

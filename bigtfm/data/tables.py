@@ -1,0 +1,91 @@
+"""Tables of rows: .parquet files, and Hugging Face data sets on disk or by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from bigtfm.config.problems import DataProblem, did_you_mean
+
+
+def open_parquet(path: str, column: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataProblem(
+            f"not a readable parquet file: {error}", where=path, fix="fetch the file again"
+        ) from None
+    if column not in file.schema_arrow.names:
+        raise no_column(column, file.schema_arrow.names, path)
+    return file
+
+
+def open_arrow(path: str, column: str) -> Any:
+    """The rows of a folder that `datasets` saved (save_to_disk); its train split if it has several."""
+    with datasets_errors(path):
+        import datasets
+
+        rows = datasets.load_from_disk(path)
+        rows = rows[_only_split(list(rows), path)] if isinstance(rows, dict) else rows
+    if column not in rows.column_names:
+        raise no_column(column, rows.column_names, path)
+    return rows.select_columns([column])
+
+
+@lru_cache(maxsize=1)  # a look-up on the hub each
+def open_streamed(name: str, column: str) -> Any:
+    """`hf:NAME[@CONFIG][:SPLIT]`, a name on the hub or a local folder, as a stream of rows."""
+    match = re.fullmatch(r"hf:(?P<name>[^:@]+)(?:@(?P<config>[^:@]+))?(?::(?P<split>[^:@]+))?", name)
+    if match is None:
+        raise DataProblem(
+            "not the name of a data set",
+            where=name,
+            fix="write hf:NAME, hf:NAME:SPLIT or hf:NAME@CONFIG:SPLIT",
+        )
+    with datasets_errors(name):
+        import datasets
+
+        datasets.disable_progress_bars()
+        rows = datasets.load_dataset(match["name"], match["config"], streaming=True)
+        split = match["split"] or _only_split(list(rows), name)
+        if split not in rows:
+            raise DataProblem(f"no split '{split}'", where=name, fix=did_you_mean(split, rows))
+        rows = rows[split]
+        columns = rows.column_names or list(next(iter(rows), {column: ""}))
+    if column not in columns:
+        raise no_column(column, columns, name)
+    return rows
+
+
+def _only_split(splits: list[str], where: str) -> str:
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    raise DataProblem(
+        f"has no split 'train', but {', '.join(splits)}", where=where, fix=f"write hf:...:{splits[0]}"
+    )
+
+
+class datasets_errors:
+    """Turns what `datasets` raises (no network, no such data set, damaged files ...) into one line."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DataProblem):
+            what = f"datasets can't load it: {type(error).__name__}: {str(error)[:200]}"
+            fix = "check the name and the network, or pass local files"
+            raise DataProblem(what, where=self.where, fix=fix) from None
+
+
+def no_column(column: str, columns: Sequence[str], where: str) -> DataProblem:
+    hint = did_you_mean(column, columns) if columns else "there are none"
+    return DataProblem(f"no column '{column}'", where=where, fix=f"pass --text-column: {hint}")

@@ -1,0 +1,53 @@
+"""A checked job: what `bigtfm check` shows and training carries out. Reading it imports neither torch nor deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bigtfm.check import Resolved, resolve
+from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
+from bigtfm.config.run import RunConfig, load_run_config
+from bigtfm.data.indexed import TokenDataset
+
+SMALL = 256 * 2**20  # bytes of tokens whose SHA-256 is checked at every start (well under a second)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Both files, the data set, and all that follows from them."""
+
+    config_path: Path | None
+    run: RunConfig
+    deepspeed: DeepSpeedConfig
+    dataset: TokenDataset
+    resolved: Resolved
+
+    @cached_property
+    def deepspeed_values(self) -> dict[str, Any]:
+        """The DeepSpeed JSON with every "auto" resolved."""
+        return self.deepspeed.resolved(self.run.model, self.resolved.steps, self.resolved.world_size)
+
+    @cached_property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.run.run_dir / "checkpoints"
+
+
+def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str], world_size: int) -> Job:
+    """Reads and checks everything that a run is made of.
+
+    Raises:
+        ConfigProblem: one of the files, or what they say together, is wrong.
+        DataProblem: the data set is missing, damaged or too small.
+    """
+    deepspeed = load_deepspeed_json(deepspeed_json)
+    run = load_run_config(config, overrides)
+    dataset = TokenDataset.open(run.data.path)
+    resolved = resolve(run, deepspeed, world_size, dataset)
+    if sum(split.tokens for split in dataset.header.splits.values()) * 4 <= SMALL:
+        dataset.verify()
+    return Job(config, run, deepspeed, dataset, resolved)

@@ -1,0 +1,100 @@
+"""What rank 0 keeps and shows of a run: metrics.jsonl, the progress lines, the MLflow mirror and the summary."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bigtfm import mlflow_mirror
+from bigtfm.job import Job
+from bigtfm.console import Console, Summary
+from bigtfm.engine.checkpoint import Progress
+from bigtfm.evaluate import bits_per_byte, predicted_tokens
+from bigtfm.mlflow_sender import read_json
+from bigtfm.planner.throughput import flops_per_token, peak_flops
+from bigtfm.tracking import MetricsLog, plot_curve, read_metrics
+
+
+class Recorder:
+    """Fed by the loop after every step. Only metrics.jsonl is written in the loop's own time."""
+
+    def __init__(self, job: Job, progress: Progress, device: str) -> None:
+        run, resolved = job.run, job.resolved
+        self._job, self._began = job, time.monotonic()
+        self._flops = flops_per_token(run.model, job.dataset.vocab_size, run.seq_len)
+        self._peak = peak_flops(device, resolved.precision)
+        self._log = MetricsLog(run.run_dir / "metrics.jsonl")
+        self._log.truncate_after(progress.step)
+        self._console = Console(resolved.steps, progress.step, every=run.track.every)
+        if progress.step:
+            self._console.note(f"resuming {run.run_dir} after step {progress.step}")
+        self._mirror = None
+        if run.track.mlflow:
+            self._mirror = mlflow_mirror.start(
+                run.run_dir,
+                uri=run.track.uri,
+                experiment=run.track.experiment,
+                name=run.run.name,
+                params={"run": run.model_dump(mode="json"), "deepspeed": job.deepspeed.values, "resolved": asdict(resolved)},
+                artifacts=("run.toml", "deepspeed.json", "resolved.json"),
+            )
+
+    def step(self, row: dict[str, Any], tokens: int, seconds: float, digest: str, *, improved: bool) -> None:
+        """Completes a step's row (step, loss, lr, grad_norm, maybe val_loss) and passes it on."""
+        rate = self._job.resolved.tokens_per_step / seconds
+        row |= {"tokens": tokens, "tokens_per_second": rate, "seconds": seconds, "sample_digest": digest}
+        if self._peak is not None:
+            row["mfu"] = rate * self._flops / (self._peak.flops * self._job.resolved.world_size)
+        if "val_loss" in row:
+            row["val_bits_per_byte"] = self._bits_per_byte(row["val_loss"])
+        self._log.append(row)
+        self._console.step(row)
+        if "val_loss" in row:
+            self._console.evaluation(row["step"], row["val_loss"], row["val_bits_per_byte"], best=improved)
+
+    def _bits_per_byte(self, loss: float) -> float:
+        split = self._job.dataset.split("validation")
+        return bits_per_byte(loss, predicted_tokens(split), split.num_bytes)
+
+    def close(self, status: str) -> None:
+        """Ends the lines and tells MLflow how the run ended: FINISHED, FAILED or KILLED."""
+        self._console.close()
+        self._log.close()
+        if self._mirror is not None:
+            self._mirror.finish(status)
+
+    def summary(self, progress: Progress, last_checkpoint: Path) -> None:
+        """The end of a run that ended well: what came of it and what to try next."""
+        run, run_dir = self._job.run, self._job.run.run_dir
+        self._console.close()
+        self._log.close()
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        evaluated = [row for row in rows if "val_loss" in row][-1:]
+        curve = plot_curve(run_dir)
+        self._console.summary(
+            Summary(
+                run_dir=run_dir,
+                steps=progress.step,
+                tokens=progress.tokens,
+                seconds=time.monotonic() - self._began,
+                loss=rows[-1]["loss"] if rows else None,
+                val_loss=evaluated[0]["val_loss"] if evaluated else None,
+                val_bits_per_byte=evaluated[0]["val_bits_per_byte"] if evaluated else None,
+                unigram_bits_per_byte=read_json(run_dir / "resolved.json").get("unigram_bits_per_byte"),
+                best_step=progress.best_step,
+                checkpoint=last_checkpoint,
+                curve=curve,
+                mlflow_run=self._mirror.finish() if self._mirror is not None else None,
+                next_commands=self._next_commands(),
+            )
+        )
+
+    def _next_commands(self) -> tuple[tuple[str, str], ...]:
+        run_dir = shlex.quote(str(self._job.run.run_dir))
+        commands = [("generate text", f'bigtfm generate --run {run_dir} --prompt "My fellow Americans,"')]
+        if self._job.run.track.mlflow:
+            commands.append(("see the curves", "make ui"))
+        return tuple(commands)

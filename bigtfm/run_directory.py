@@ -1,0 +1,79 @@
+"""A run's directory: both of the user's files byte for byte, what they resolve to, the tokenizer, and what a run is made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bigtfm.config.problems import ConfigProblem, NoCheckpoint
+from bigtfm.config.run import ModelSection, RunConfig
+from bigtfm.data.indexed import TokenDataset
+from bigtfm.evaluate import unigram_bits_per_byte
+from bigtfm.job import Job
+
+
+def identity(run: RunConfig, dataset: TokenDataset) -> dict[str, Any]:
+    """What decides the loss curve beside the DeepSpeed JSON; the keys are those of resume.allow."""
+    return {
+        "data": {"sha256": dataset.identity, "seq_len": run.seq_len},
+        "tokenizer": dataset.header.tokenizer.identity,
+        "model": {**run.model.model_dump(mode="json"), "vocab_size": dataset.vocab_size},
+        "objective": run.objective.model_dump(mode="json"),
+        "seed": run.run.seed,
+    }
+
+
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str, ...], run_dir: Path) -> None:
+    """Raises ConfigProblem when a resumed run would go on as another one."""
+    for part, value in now.items():
+        before = saved.get(part)
+        if before == value or part in allow:
+            continue
+        changed = part
+        if isinstance(value, dict) and isinstance(before, dict):
+            name = next(key for key in value if value[key] != before.get(key))
+            changed, before, value = f"{part}.{name}", before.get(name), value[name]
+        raise ConfigProblem(
+            f"{changed} was {before} when this run was saved and is {value} now",
+            where=str(run_dir),
+            fix=f"undo the change, give the new run another run.name, or accept it with 'resume.allow=[\"{part}\"]'",
+        )
+
+
+def lay_out(job: Job) -> None:
+    """Writes everything but metrics and checkpoints."""
+    folder = job.run.run_dir
+    job.checkpoints.mkdir(parents=True, exist_ok=True)
+    if job.config_path is None:
+        (folder / "run.toml").write_text("# Started without --config: every value is its default.\n", encoding="utf-8")
+    else:
+        _copy(job.config_path, folder / "run.toml")
+    _copy(job.deepspeed.path, folder / "deepspeed.json")
+    resolved = {
+        **asdict(job.resolved),
+        "unigram_bits_per_byte": unigram_bits_per_byte(job.dataset),
+        "run_config": job.run.model_dump(mode="json"),
+    }
+    (folder / "resolved.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
+    shutil.copytree(job.dataset.tokenizer_path, folder / "tokenizer", dirs_exist_ok=True)
+    (folder / "failure.json").unlink(missing_ok=True)  # an earlier start's
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() != target.resolve():  # a run may be started from its own copies
+        shutil.copyfile(source, target)
+
+
+def saved_model(run_dir: Path, state: dict[str, Any]) -> tuple[ModelSection, int]:
+    """Shape and vocabulary size of the model in a checkpoint's state."""
+    try:
+        shape = dict(state["progress"]["identity"]["model"])
+        vocab_size = int(shape.pop("vocab_size"))
+        return ModelSection.model_validate(shape), vocab_size
+    except (KeyError, ValueError):
+        raise NoCheckpoint(
+            "the checkpoint does not say what its model is", where=str(run_dir), fix="use a run that bigtfm trained"
+        ) from None
