@@ -101,7 +101,7 @@ $(READY): pyproject.toml $(VENV)/.torch-$(TORCH_VERSION)
 .PHONY: quickstart
 quickstart: setup ## train a small GPT with DeepSpeed ZeRO-2 on the embedded text, then let it write
 	@if [ -d runs/$(RUN) ]; then echo "runs/$(RUN) exists: going on with it (RUN=name starts a fresh run)"; fi
-	@[ -d data/quickstart ] || $(BIN)/bigtfm prepare --out data/quickstart
+	@$(BIN)/bigtfm prepare --out data/quickstart
 	@port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$port launch/train.py \
 	  --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml \

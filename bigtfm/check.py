@@ -106,15 +106,15 @@ def resolve(
 
 
 def _buffers_hold(largest: int, deepspeed: DeepSpeedConfig, world_size: int) -> None:
-    """On NVMe, a rank's share of the largest parameter, the embedding, has to fit into one of DeepSpeed's buffers."""
+    """On NVMe, a rank's share of the largest parameter, the embedding, has to fit into one buffer."""
     if deepspeed.offload("param") != "nvme":
         return
     share = -(-largest // world_size)
     buffer = deepspeed.zero["offload_param"].get("buffer_size", BUFFER_SIZE)
     if share > buffer:
         raise ConfigProblem(
-            f"zero_optimization.offload_param.buffer_size {int(buffer)} is less than a rank's {share} elements of "
-            "the embedding",
+            f"zero_optimization.offload_param.buffer_size {int(buffer)} is less than a rank's share of the "
+            f"embedding, {share} elements",
             where=str(deepspeed.path),
             fix=f'write "buffer_size": {share} or more, or use more ranks',
         )
@@ -159,8 +159,8 @@ def render(resolved: Resolved) -> Table:
     offload = [f"{what} on {where}" for what, where in _offloads(r) if where != "none"]
     rows = {
         "run": f"{r.name} in {r.run_dir}",
-        "batch": f"{r.global_batch:,} sequences = {r.micro_batch} micro batch x {r.accumulation} accumulation "
-        f"x {r.world_size} ranks",
+        "batch": f"{r.global_batch:,} sequences = {r.micro_batch} micro batch x {r.accumulation} "
+        f"accumulation x {r.world_size} ranks",
         "tokens per step": f"{r.tokens_per_step:,} = {r.global_batch:,} x {r.seq_len:,}",
         "steps": f"{r.steps:,}"
         + (f" of the schedule's {r.horizon:,}" if r.horizon not in (None, r.steps) else ""),

@@ -104,3 +104,103 @@ def check(
         from rich.console import Console
 
         Console().print(render(resolved))
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="File (.txt .jsonl .csv .parquet, also .gz), folder, '-' (stdin), 'embedded' (the corpus in the package), "
+            "or hf:NAME[@CONFIG][:SPLIT]. May be given more than once. Default: embedded.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data/quickstart"),
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A sentencepiece .model, a tokenizer.json or a tokenizer's folder. Default: train one on the input."),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Pieces of the tokenizer to train. Default: what suits the size of the text.")
+    ] = None,
+    model_type: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe or unigram.")] = "bpe",
+    text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of the documents that go to validation, chosen by their hash.")
+    ] = 0.05,
+    document_bytes: Annotated[
+        int | None,
+        typer.Option(help="Least size in bytes of the documents a .txt is cut into. Default: 1/100 of the text, 1 to 64 KiB."),
+    ] = None,
+    stdin_format: Annotated[str, typer.Option(help="What '-' is: txt, jsonl or csv.")] = "txt",
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a data set that another command made.")] = False,
+) -> None:
+    """Turn text into a tokenised, memory-mapped data set. A killed command goes on where it was."""
+    from bigtfm.data.prepare import prepare as run
+
+    with one_line():
+        summary = run(
+            inputs or ["embedded"],
+            out,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            model_type=model_type,  # type: ignore[arg-type]  # checked by prepare itself
+            text_column=text_column,
+            validation_fraction=validation_fraction,
+            document_bytes=document_bytes,
+            stdin_format=stdin_format,
+            workers=workers,
+            force=force,
+        )
+    print(summary)
+
+
+@app.command()
+def generate(
+    run_dir: RunDirectory,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; may be given more than once.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; 1: the model's own distribution.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+) -> None:
+    """Generate text with the newest checkpoint of a run."""
+    with one_line():
+        from bigtfm.generate import generate as run
+        from bigtfm.run_directory import open_run
+
+        model, tokenizer = open_run(run_dir)
+        texts = prompts or [""]
+        ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+        answers = run(
+            model,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            eos_id=tokenizer.eos_id,
+        )
+    for text, answer in zip(texts, answers, strict=True):
+        continuation = tokenizer.decode(answer)
+        print(json.dumps({"prompt": text, "text": continuation}) if as_json else f"{text}{continuation}\n")
+
+
+@app.command()
+def sync(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Send to MLflow what could not be sent while training."""
+    from bigtfm.mlflow_mirror import sync as run
+
+    with one_line():
+        print(f"MLflow run {run(run_dir)}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)

@@ -25,7 +25,7 @@ def bits_per_byte(loss: float, predicted_tokens: int, num_bytes: int) -> float:
     return loss * predicted_tokens / (math.log(2) * num_bytes)
 
 
-def num_predicted(split: Split) -> int:
+def predicted_tokens(split: Split) -> int:
     """Tokens of the split that something predicts: all but the BOS of each document."""
     return split.num_tokens - split.num_documents
 
@@ -40,7 +40,7 @@ def unigram_bits_per_byte(dataset: TokenDataset) -> float:
         DataProblem: the validation split is empty.
     """
     train, validation = dataset.split("train"), dataset.split("validation")
-    if not num_predicted(validation) or not validation.num_bytes:
+    if not predicted_tokens(validation) or not validation.num_bytes:
         raise DataProblem(
             "the validation split has no text",
             where=str(dataset.path),
@@ -50,7 +50,7 @@ def unigram_bits_per_byte(dataset: TokenDataset) -> float:
     counts = _count(validation, dataset.vocab_size)
     log_probabilities = np.log((train_counts + 1) / (train_counts.sum() + dataset.vocab_size))
     loss = -float(counts @ log_probabilities) / int(counts.sum())
-    return bits_per_byte(loss, num_predicted(validation), validation.num_bytes)
+    return bits_per_byte(loss, predicted_tokens(validation), validation.num_bytes)
 
 
 def _count(split: Split, vocab_size: int) -> NDArray[np.int64]:

@@ -11,8 +11,11 @@ from typing import Any
 from bigtfm.config.problems import ConfigProblem, NoCheckpoint
 from bigtfm.config.run import ModelSection, RunConfig
 from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
+from bigtfm.engine import checkpoint
 from bigtfm.evaluate import unigram_bits_per_byte
 from bigtfm.job import Job
+from bigtfm.model.gpt import GPT
 
 
 def identity(run: RunConfig, dataset: TokenDataset) -> dict[str, Any]:
@@ -67,13 +70,22 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def saved_model(run_dir: Path, state: dict[str, Any]) -> tuple[ModelSection, int]:
-    """Shape and vocabulary size of the model in a checkpoint's state."""
+def open_run(run_dir: Path) -> tuple[GPT, Tokenizer]:
+    """The model of the newest checkpoint, in fp32 and in evaluation mode, and its tokenizer; without DeepSpeed.
+
+    Raises:
+        NoCheckpoint: there is none, or none verifies.
+        DataProblem: the tokenizer is missing or damaged.
+    """
+    newest = checkpoint.newest(run_dir / "checkpoints")
+    if newest is None:
+        raise NoCheckpoint("no checkpoint", where=str(run_dir), fix="pass the directory of a run that has saved one")
     try:
-        shape = dict(state["progress"]["identity"]["model"])
-        vocab_size = int(shape.pop("vocab_size"))
-        return ModelSection.model_validate(shape), vocab_size
-    except (KeyError, ValueError):
+        shape = dict(checkpoint.read_state(newest)["progress"]["identity"]["model"])
+        model = GPT(vocab_size=shape.pop("vocab_size"), config=ModelSection.model_validate(shape))
+    except (KeyError, ValueError) as error:
         raise NoCheckpoint(
-            "the checkpoint does not say what its model is", where=str(run_dir), fix="use a run that bigtfm trained"
+            f"the checkpoint does not say what its model is ({error})", where=str(newest), fix="use a run of this version"
         ) from None
+    checkpoint.load_weights(newest, model)
+    return model.eval(), load_tokenizer(run_dir / "tokenizer")

@@ -66,7 +66,8 @@ def _shift(
     shift *= modulus
     shift >>= np.uint64(32)  # multiply-shift instead of a division: 32 hash bits scaled to [0, modulus)
     shift += half
-    return np.minimum(shift, shift - modulus)  # below the modulus the difference wraps round: huge
+    np.minimum(shift, shift - modulus, out=shift)  # below the modulus the difference wraps round: huge
+    return shift
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

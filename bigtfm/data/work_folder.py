@@ -111,7 +111,7 @@ def _difference(made: Any, plan: dict[str, Any]) -> str:
 
 
 def publish(out: Path, work: Path, header: bytes, plan: dict[str, Any]) -> None:
-    """Move .prepare/final into place. A data set is there when its header is: it goes first and comes last."""
+    """Move .prepare/final into place. A data set is there when its header is: that goes first, comes last."""
     (out / HEADER_NAME).unlink(missing_ok=True)
     for split in SPLITS:  # a data set that is replaced may have had more files
         for old in [*out.glob(f"{split}-*.bin"), *out.glob(f"{split}-*.idx")]:

@@ -18,7 +18,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -27,7 +27,9 @@ from torch import nn
 
 from bigtfm.config.problems import NoCheckpoint
 from bigtfm.engine import fragments
-from bigtfm.engine.distributed import Ranks
+
+if TYPE_CHECKING:
+    from bigtfm.engine.distributed import Ranks
 
 FORMAT = 1
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")

@@ -89,12 +89,10 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
     if "OMP_NUM_THREADS" not in os.environ:  # ranks on one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("BIGTFM_DEEPSPEED_LOG", "WARNING"))
-
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.utils.logger.setLevel(os.environ.get("BIGTFM_DEEPSPEED_LOG", "WARNING"))
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     # This op compiles for minutes in silence at the first start on a CPU, and a killed compilation blocks the next start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()

@@ -3,7 +3,7 @@
 Every value depends on (seed, what it is for, its own index) alone, so it is the same on any device, for any split of the
 batch over ranks and accumulation steps, when activations are recomputed, and after a resume. "Counter-based" generators
 are described in Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the mixers used here are
-  mix64: the finaliser of SplitMix64 (Steele, Lea, Flood 2014; constants of Stafford's variant 13),
+  mix64: the finaliser of SplitMix64 (Steele, Lea, Flood 2014); number i of stream k is mix64(k + i * golden ratio), as there,
   mix32: the finaliser of MurmurHash3 (Appleby 2011), half the memory traffic where a value per feature is needed.
 Both are bijections made of shifts, exclusive ors and wrapping multiplications, which torch's signed integers compute exactly.
 """
@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+_GOLDEN64, _GOLDEN32 = 0x9E3779B97F4A7C15, 0x9E3779B9  # 2^64 and 2^32 divided by the golden ratio
 _CHUNK = 1 << 18  # numbers made at a time: the temporaries stay in cache
 
 
@@ -47,6 +48,11 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ _shift(x, 16, 32)
 
 
+def stream(index: Tensor, key: int) -> Tensor:
+    """The 64 random bits at each place `index` (int64) of the stream `key`."""
+    return mix64(index * _signed(_GOLDEN64, 64) + key)
+
+
 def uniform(keys: Tensor) -> Tensor:
     """One fp64 number in (0, 1) for each int64 key."""
     return (_shift(mix64(keys), 12, 64).double() + 0.5) * 2.0**-52
@@ -60,7 +66,7 @@ def normal(key: int, count: int) -> Tensor:
     out = torch.empty(count, dtype=torch.float32)
     for start in range(0, count, _CHUNK):
         index = torch.arange(start, min(start + _CHUNK, count), dtype=torch.int64)
-        bits = mix64(mix64(index) + key)
+        bits = stream(index, key)
         radius = _shift(bits, 32, 64).double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = (bits & 0xFFFFFFFF).double().mul_(2.0**-32 * 2.0 * math.pi).cos_()
         out[start : start + _CHUNK] = radius.mul_(angle)
@@ -69,7 +75,7 @@ def normal(key: int, count: int) -> Tensor:
 
 def token_words(token_keys: Tensor, key: int) -> Tensor:
     """A random 32-bit word for each token key (int64 [T] -> int32 [T])."""
-    return mix64(mix64(token_keys) + key).view(torch.int32)[::2]
+    return stream(token_keys, key).view(torch.int32)[::2]
 
 
 def dropout(x: Tensor, probability: float, words: Tensor, site: int) -> Tensor:
@@ -85,7 +91,6 @@ def dropout(x: Tensor, probability: float, words: Tensor, site: int) -> Tensor:
     features = x.shape[-1]
     pairs = (features + 1) // 2
     place = torch.arange(site * pairs, (site + 1) * pairs, dtype=torch.int32, device=x.device)
-    # the increment of SplitMix's 32-bit cousin spreads neighbouring places before they are mixed
-    hashes = mix32(words[:, None] ^ mix32(place * _signed(0x9E3779B9, 32)))  # [T, C/2]
+    hashes = mix32(words[:, None] ^ mix32(place * _signed(_GOLDEN32, 32)))  # [T, C/2]
     keep = hashes.view(torch.int16)[:, :features] >= cut - 32768  # [T, C]
     return torch.where(keep, x * (65536 / (65536 - cut)), 0.0)

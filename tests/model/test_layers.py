@@ -19,6 +19,11 @@ from bigtfm.model.layers import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def fill(module):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

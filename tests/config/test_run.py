@@ -1,0 +1,125 @@
+"""The run config: precedence, overrides, one line a mistake, and no truth that the DeepSpeed JSON holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigtfm.config.deepspeed_types import OPTIMIZERS, SCHEDULERS
+from bigtfm.config.deepspeed_walk import paths, schema
+from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.run import RunConfig, load_run_config
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text("[run]\nsteps = 10\n[model]\nhidden_size = 96\nnum_attention_heads = 4\n")
+    return path
+
+
+def test_defaults_then_file_then_command_line(toml: Path) -> None:
+    assert load_run_config(None).run.steps is None
+    assert load_run_config(toml).run.steps == 10
+    config = load_run_config(toml, ["run.steps=20", "steps=30", "model.dropout=0.1"])
+    assert (config.run.steps, config.model.dropout, config.model.hidden_size) == (30, 0.1, 96)
+    assert config.model.num_layers == load_run_config(None).model.num_layers
+
+
+def test_frozen(toml: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_run_config(toml).run.steps = 5
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("hidden_size=384", "model.hidden_size", 384),
+        ("name=2024-05-01", "run.name", "2024-05-01"),  # a date in TOML, and a fine name
+        ('run.name="quoted"', "run.name", "quoted"),
+        ("data.path=/data/a=b", "data.path", "/data/a=b"),
+        ("mlflow=false", "track.mlflow", False),
+        ("recompute=2", "compute.recompute", 2),
+        ("recompute=selective", "compute.recompute", "selective"),
+        ("allow=data,seed", "resume.allow", ("data", "seed")),
+        ('resume.allow=["data"]', "resume.allow", ("data",)),
+        ("eval.tokens=2_000_000", "eval.tokens", 2_000_000),
+        ("min_delta=1", "eval.min_delta", 1.0),
+    ],
+)
+def test_overrides(override: str, key: str, value: object) -> None:
+    table, _, name = key.partition(".")
+    assert getattr(getattr(load_run_config(None, [override]), table), name) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("step=5", ["unknown key 'step'", "did you mean 'run.steps'?"]),
+        ("hiden_size=5", ["did you mean 'model.hidden_size'?"]),
+        ("run.hidden_size=5", ["did you mean 'model.hidden_size'?"]),
+        ("model.stps=5", ["unknown key 'model.stps'", "did you mean 'run.steps'?"]),
+        ("lr=0.1", ["belongs into the DeepSpeed JSON, as optimizer.params.lr"]),
+        ("train_batch_size=8", ["belongs into the DeepSpeed JSON"]),
+        ("gradient_clipping=1", ["belongs into the DeepSpeed JSON"]),
+        ("every=5", ["ambiguous", "eval.every, save.every, track.every"]),
+        ("model=5", ["write model.KEY=VALUE"]),
+        ("steps", ["is not key=value"]),
+        ("steps=1e3", ["run.steps must be a valid integer, not 1000.0", "write 1000"]),
+        ("steps=abc", ["run.steps must be a valid integer"]),
+        ("steps=true", ["run.steps must be a valid integer, not true"]),
+        ("steps=-1", ["greater than or equal to 1, not -1"]),
+        ("recompute=ful", ["'none', 'full' or 'selective'", "integer"]),
+        ("recompute=0", ["greater than or equal to 1, not 0"]),
+        ("hidden_size=100", ["not a multiple of model.num_attention_heads 6", "set hidden_size to 102"]),
+        ("num_kv_heads=4", ["not a multiple of model.num_kv_heads 4", "1, 2, 3, 6"]),
+        ("head_dim=7", ["even head size"]),
+        ("seq_len=4096", ["longer than model.max_seq_len 128"]),
+        ("dropout=nan", ["finite"]),
+        ("run.name=../x", ["run.name must be letters"]),
+        ("allow=weights", ["resume.allow must be 'data'"]),
+    ],
+)
+def test_one_line_a_mistake_on_the_command_line(override: str, fragments: list[str]) -> None:
+    with pytest.raises(ConfigProblem) as caught:
+        load_run_config(None, [override])
+    line = caught.value.line
+    assert "\n" not in line
+    for fragment in fragments:
+        assert fragment in line
+
+
+def test_a_mistake_is_placed_where_it_was_made(toml: Path) -> None:
+    with pytest.raises(ConfigProblem, match=r"run\.toml: unknown key 'run\.step'"):
+        toml_with = toml.with_name("run.toml")
+        toml_with.write_text("[run]\nstep = 5\n")
+        load_run_config(toml_with)
+    with pytest.raises(ConfigProblem, match="error: command line: run.steps"):
+        load_run_config(None, ["steps=0"])
+
+
+def test_several_mistakes_are_counted_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nsteps = "5"\n[compute]\nrecompute = "ful"\n[model]\nlayers = 2\n')
+    with pytest.raises(ConfigProblem, match=r"write 5 without quotes") as caught:
+        load_run_config(path)
+    assert "(and 2 more)" in caught.value.line  # the union's two branches are one mistake
+
+
+def test_every_field_says_what_it_is() -> None:
+    for table, section in RunConfig.model_fields.items():
+        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert field.description and len(field.description) > 10, f"{table}.{name}"
+
+
+def test_no_truth_is_stated_twice() -> None:
+    stated = {path.rpartition(".")[2] for path in paths(schema({}))}
+    stated |= {name for table in (*OPTIMIZERS.values(), *SCHEDULERS.values()) for name in table}
+    mine = {
+        name
+        for section in RunConfig.model_fields.values()
+        for name in section.annotation.model_fields  # type: ignore[union-attr]
+    }
+    assert {"train_batch_size", "lr", "gradient_clipping", "stage", "warmup_num_steps"} <= stated
+    assert not mine & stated

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bigtfm.config.run import ModelSection
+from bigtfm.planner.memory import count_parameters
+from bigtfm.planner.throughput import flops_per_token, peak_flops
+
+GPT2 = ModelSection(
+    hidden_size=768,
+    num_layers=12,
+    num_attention_heads=12,
+    max_seq_len=1024,
+    positions="learned",
+    norm="layernorm",
+    activation="gelu",
+    bias=True,
+    vocab_multiple=1,
+)
+LLAMA_8B = ModelSection(
+    hidden_size=4096,
+    num_layers=32,
+    num_attention_heads=32,
+    num_kv_heads=8,
+    ffn_hidden_size=14336,
+    max_seq_len=8192,
+    tied_embeddings=False,
+)
+
+
+def test_parameters_are_the_published_ones():
+    assert count_parameters(GPT2, 50257) == 124_439_808
+    assert count_parameters(LLAMA_8B, 128256) == 8_030_261_248
+    padded = GPT2.model_copy(update={"vocab_multiple": 64})
+    assert count_parameters(padded, 50257) == 124_439_808 + (50304 - 50257) * 768
+
+
+def test_flops_by_hand():
+    # 12 blocks of (768 x 2304, 768 x 768, 768 x 3072, 3072 x 768) and the output layer 768 x 50257
+    weights = 12 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072) + 768 * 50257
+    assert weights == 123_532_032
+    assert flops_per_token(GPT2, 50257, 1024) == 6 * weights + 12 * 12 * 768 * 1024 == 854_438_400
+    # grouped queries shrink the qkv product alone: 4096 x (32 + 2 * 8) * 128; swiglu has three matrices
+    block = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336
+    expected = 6 * (32 * block + 4096 * 128256) + 12 * 32 * 4096 * 8192
+    assert flops_per_token(LLAMA_8B, 128256, 8192) == expected
+
+
+def test_flops_do_not_count_padding_nor_tying():
+    padded = GPT2.model_copy(update={"vocab_multiple": 64, "tied_embeddings": False})
+    assert flops_per_token(padded, 50257, 1024) == flops_per_token(GPT2, 50257, 1024)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200", "fp16", 989.4),
+        ("NVIDIA B200", "bf16", 2250),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5),
+        ("NVIDIA L40S", "bf16", 362.05),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA GeForce RTX 3090", "fp16", 71),
+        ("Tesla V100-SXM2-16GB", "fp16", 125),
+    ],
+)
+def test_data_sheets(device, precision, teraflops):
+    peak = peak_flops(device, precision)
+    assert peak is not None
+    assert peak.flops == pytest.approx(teraflops * 1e12)
+    assert peak.source.startswith("data sheet")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        ("Tesla V100-SXM2-16GB", "bf16"),
+        ("NVIDIA A10G", "bf16"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
+        ("Some GPU", "fp32"),
+    ],
+)
+def test_an_unknown_peak_is_not_guessed(device, precision):
+    assert peak_flops(device, precision) is None
+
+
+def test_cpu_is_measured_and_says_so():
+    import torch  # noqa: F401  its import is not part of the measurement
+
+    start = time.perf_counter()
+    peak = peak_flops("cpu", "fp32")
+    seconds = time.perf_counter() - start
+    assert peak is not None
+    assert peak.source.startswith("measured")
+    assert 1e8 < peak.flops < 1e14
+    assert seconds < 1  # 0.1 s on an idle machine
+
+
+def test_planning_does_not_import_torch():
+    code = "import sys, bigtfm.planner.memory, bigtfm.planner.throughput; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
