@@ -10,7 +10,7 @@ from bigtfm.config.deepspeed import DeepSpeedConfig
 from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import RunConfig
 from bigtfm.data.indexed import TokenDataset
-from bigtfm.planner.memory import count_parameters
+from bigtfm.planner.memory import block_matrices, count_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +67,8 @@ def resolve(
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)
     padded_vocab_size = config.model.padded_vocab_size(dataset.vocab_size)
-    _buffers_hold(padded_vocab_size * config.model.hidden_size, deepspeed, world_size)
+    matrices = [(padded_vocab_size, config.model.hidden_size), *block_matrices(config.model)]
+    _buffers_hold(max(rows * columns for rows, columns in matrices), deepspeed, world_size)
     tokens_per_step = global_batch * config.seq_len
     train_tokens = dataset.split("train").num_tokens
     if train_tokens <= config.seq_len:  # the label of a position is the token after it
@@ -106,7 +107,7 @@ def resolve(
 
 
 def _buffers_hold(largest: int, deepspeed: DeepSpeedConfig, world_size: int) -> None:
-    """On NVMe, a rank's share of the largest parameter, the embedding, has to fit into one buffer."""
+    """On NVMe, a rank's share of the largest parameter has to fit into one of DeepSpeed's buffers."""
     if deepspeed.offload("param") != "nvme":
         return
     share = -(-largest // world_size)
@@ -114,7 +115,7 @@ def _buffers_hold(largest: int, deepspeed: DeepSpeedConfig, world_size: int) -> 
     if share > buffer:
         raise ConfigProblem(
             f"zero_optimization.offload_param.buffer_size {int(buffer)} is less than a rank's share of the "
-            f"embedding, {share} elements",
+            f"largest parameter, {share} elements",
             where=str(deepspeed.path),
             fix=f'write "buffer_size": {share} or more, or use more ranks',
         )

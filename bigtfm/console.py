@@ -1,4 +1,4 @@
-"""What rank 0 shows while training: one live line on a terminal, plain lines elsewhere, and a summary at the end."""
+"""What rank 0 shows in training: a live line on a terminal, plain lines elsewhere, a summary at the end."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _MEMORY = 100  # steps that the time left is judged by
 class Summary:
     """A finished run in plain values; what is None is left out.
 
-    `steps` and `tokens` count from the run's beginning, `seconds` from its last start; losses are in nats a token;
-    `next_commands` pairs what a command is for with the command.
+    `steps` and `tokens` count from the run's beginning, `seconds` from its last start; losses are in nats a
+    token; `next_commands` pairs what a command is for with the command.
     """
 
     run_dir: Path
@@ -46,8 +46,11 @@ class Summary:
 
 
 class Console:
-    """Shows steps `start_step` + 1 to `total_steps`. On a terminal the live line is drawn anew at most ten times a second,
-    from within `step`: no thread. Elsewhere a plain line comes every `every` steps, at the first and at the last."""
+    """Shows steps `start_step` + 1 to `total_steps`.
+
+    On a terminal the live line is drawn anew at most ten times a second, from within `step`: no thread.
+    Elsewhere a plain line comes every `every` steps, at the first and at the last.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class Console:
         self._intervals: deque[float] = deque(maxlen=_MEMORY)
         self._last_step_at: float | None = None
         self._drawn_at = -1.0
-        # rich may be told by its environment (FORCE_COLOR, say) to treat a file as a terminal: a log stays plain.
+        # rich may be told by its environment (FORCE_COLOR, say) that a file is a terminal: a log stays plain.
         self._terminal = Terminal(file=self._stream, highlight=False, force_terminal=self._stream.isatty())
         self._live: Live | None = None
         if self._is_live():
@@ -72,7 +75,7 @@ class Console:
             self._live.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Show a step: `step`, and of loss, tokens_per_second, mfu (0 to 1), lr and grad_norm those that are not None."""
+        """Show a step: `step` and, where not None, loss, tokens_per_second, mfu (0 to 1), lr, grad_norm."""
         now = self._clock()
         if self._last_step_at is not None:  # the first step's time holds compilation and warm-up
             self._intervals.append(now - self._last_step_at)
@@ -90,8 +93,8 @@ class Console:
         """Show an evaluation: nats a token and bits a byte."""
         width = len(str(self._total))
         mark = "  best so far" if best else ""
-        text = f"eval {step:{width}}/{self._total}  validation loss {val_loss:.4f}  {val_bits_per_byte:.4f} bits/byte{mark}"
-        self._line(text, style="cyan")
+        losses = f"validation loss {val_loss:.4f}  {val_bits_per_byte:.4f} bits/byte"
+        self._line(f"eval {step:{width}}/{self._total}  {losses}{mark}", style="cyan")
         self._last_step_at = self._clock()  # the time left is that of the steps
 
     def note(self, text: str) -> None:
@@ -118,7 +121,9 @@ class Console:
             grid.add_column(overflow="fold")
             for name, value in facts:
                 grid.add_row(name, Text(value))
-            self._terminal.print(Panel(grid, title=Text(str(summary.run_dir)), title_align="left", expand=False))
+            self._terminal.print(
+                Panel(grid, title=Text(str(summary.run_dir)), title_align="left", expand=False)
+            )
         else:
             self._line(f"-- {summary.run_dir}")
             for name, value in facts:
@@ -140,7 +145,7 @@ class Console:
             self._stream.flush()
 
     def _live_line(self, step: int, row: Mapping[str, Any]) -> Table:
-        """The figures, after a bar that takes what is left of the width; figures that don't fit are cut at the right."""
+        """A bar that takes what is left of the width, and the figures; too narrow, these are cut."""
         figures = f"{step}/{self._total}  " + "  ".join(self._figures(step, row))
         line = Table.grid(padding=(0, 1))
         bar = min(40, self._terminal.width - len(figures) - 2)
@@ -160,11 +165,13 @@ class Console:
         )
         figures = [form.format(row[name]) for name, form in shown if row.get(name) is not None]
         left = self._seconds_left(step)
-        figures.insert(1, f"{'' if left is None else duration(left) + ' left':>11}")  # before what a narrow window cuts
+        figures.insert(
+            1, f"{'' if left is None else duration(left) + ' left':>11}"
+        )  # before what a narrow window cuts
         return figures
 
     def _seconds_left(self, step: int) -> float | None:
-        """Remaining steps times the mean of the last ones, a pause (a laptop asleep) counting as ten steps at most."""
+        """Remaining steps times the mean of the last; a pause (a laptop asleep) counts as ten."""
         if not self._intervals or step >= self._total:
             return None
         longest = 10 * statistics.median(self._intervals)
@@ -193,7 +200,11 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         facts.append(("validation loss", f"{summary.val_loss:.4f} nats/token"))
     if summary.val_bits_per_byte is not None:
         facts.append(("validation", f"{summary.val_bits_per_byte:.4f} bits/byte{_beside_baseline(summary)}"))
-    places = (("checkpoint", summary.checkpoint), ("loss curve", summary.curve), ("MLflow run", summary.mlflow_run))
+    places = (
+        ("checkpoint", summary.checkpoint),
+        ("loss curve", summary.curve),
+        ("MLflow run", summary.mlflow_run),
+    )
     return facts + [(name, str(value)) for name, value in places if value is not None]
 
 

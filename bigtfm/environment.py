@@ -13,10 +13,10 @@ PACKAGES = ("bigtfm", "torch", "deepspeed", "numpy", "datasets", "sentencepiece"
 
 
 def environment() -> dict[str, str]:
-    """Name -> value: Python, package versions, host, CPU cores, GPUs, git commit and whether files differ from it.
+    """Name -> value: Python, package versions, host, CPU cores, GPUs, git commit, and whether it is dirty.
 
-    What is not there (no GPU, no git clone, a package not installed) is left out. Imports none of the packages; asking
-    nvidia-smi may take a second.
+    What is not there (no GPU, no git clone, a package not installed) is left out. Imports none of the
+    packages; asking nvidia-smi may take a second.
     """
     found = {
         "python": platform.python_version(),
@@ -35,7 +35,9 @@ def environment() -> dict[str, str]:
     code = str(Path(__file__).resolve().parent)
     git = ("git", "-c", "safe.directory=*", "-C", code)
     commit = _output(*git, "rev-parse", "HEAD")
-    if commit and _output(*git, "ls-files", code):  # not a repository that merely contains the .venv we stand in
+    if commit and _output(
+        *git, "ls-files", code
+    ):  # not a repository that merely contains the .venv we stand in
         found["git_commit"] = commit
         found["git_dirty"] = "yes" if _output(*git, "status", "--porcelain") else "no"
     return found

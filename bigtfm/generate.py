@@ -1,7 +1,8 @@
 """Text from a GPT: a batch of prompts, a cache of keys and values, greedy or sampled.
 
-B prompts, V vocabulary. What a prompt continues with depends on the weights, the prompt, the seed and the sampling
-settings, not on the other prompts of the batch: its random numbers are a function of the seed and of the prompt itself.
+B prompts, V vocabulary. What a prompt continues with depends on the weights, the prompt, the seed and the
+sampling settings, not on the other prompts of the batch: its random numbers are a function of the seed and of
+the prompt itself.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ def generate(
 ) -> list[list[int]]:
     """The continuation of each prompt (token ids, without the prompt and without the end token).
 
-    A sequence ends at eos_id, after max_new_tokens, or when the model has read max_seq_len tokens (for every kind of
-    positions: a model isn't asked about positions that it was not built for).
+    A sequence ends at eos_id, after max_new_tokens, or when the model has read max_seq_len tokens (for every
+    kind of positions: a model isn't asked about positions that it was not built for).
 
-    temperature: divides the logits; 0 takes the likeliest token. top_k: keeps the k likeliest tokens; 0 keeps all.
-    top_p: keeps the fewest of the rest that hold this much of its probability (Holtzman et al. 2020); 1 keeps all.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: keeps the k likeliest tokens; 0 keeps all.
+    top_p: keeps the fewest of these that hold this much of their probability (Holtzman et al. 2020); 1: all.
     A prompt that stands in the batch more than once gets a different sample each time.
     on_token(prompt number, token id) is called for each new token as soon as it is known.
 
@@ -113,7 +115,7 @@ def _read_prompts(model: GPT, prompts: Sequence[Sequence[int]], k: list[Tensor],
 
 
 def sample(logits: Tensor, u: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One token [B] for each row of `logits` [B, V], by inverting the cumulative distribution at `u` [B] in (0, 1)."""
+    """A token [B] for each row of `logits` [B, V]: the cumulative distribution inverted at `u` [B]."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()
@@ -152,16 +154,18 @@ def _check(
     if max_new_tokens < 1:
         raise ConfigProblem(f"max_new_tokens is {max_new_tokens}", where=where, fix="use at least 1")
     if not 0 <= temperature < float("inf"):
-        raise ConfigProblem(f"temperature is {temperature}", where=where, fix="use 0 (greedy) or a positive number")
+        fix = "use 0 (greedy) or a positive number"
+        raise ConfigProblem(f"temperature is {temperature}", where=where, fix=fix)
     if top_k < 0:
-        raise ConfigProblem(f"top_k is {top_k}", where=where, fix="use 0 (all tokens) or a positive number of tokens")
+        raise ConfigProblem(f"top_k is {top_k}", where=where, fix="use 0 (all tokens) or a positive number")
     if not 0 < top_p <= 1:
         raise ConfigProblem(f"top_p is {top_p}", where=where, fix="use a probability above 0 and up to 1")
     limit = model.config.max_seq_len
     for number, prompt in enumerate(prompts, start=1):
         place = f"{where}: prompt {number}"
         if not prompt:
-            raise ConfigProblem("it has no tokens", where=place, fix="give at least one token, such as the start token")
+            fix = "give at least one token, such as the start token"
+            raise ConfigProblem("it has no tokens", where=place, fix=fix)
         if len(prompt) > limit:
             fix = f"shorten it; the model reads at most {limit} (max_seq_len)"
             raise ConfigProblem(f"it has {len(prompt)} tokens", where=place, fix=fix)

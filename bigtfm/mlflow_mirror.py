@@ -1,12 +1,12 @@
 """MLflow as a mirror of metrics.jsonl that training never waits for.
 
-`start` puts a second process beside rank 0. It follows metrics.jsonl and sends what is new; a server that is dead, slow
-or broken keeps only that process waiting. What has been sent stands in RUN_DIR/mlflow.json, so a resumed run goes on in
-the same MLflow run, and `sync` sends later what could not be sent. A row sent twice (its answer was lost) has the same
-timestamp, step and value, which MLflow stores once.
+`start` puts a second process beside rank 0. It follows metrics.jsonl and sends what is new; a server that is
+dead, slow or broken keeps only that process waiting. What has been sent stands in RUN_DIR/mlflow.json, so a
+resumed run goes on in the same MLflow run, and `sync` sends later what could not be sent. A row sent twice
+(its answer was lost) has the same timestamp, step and value, which MLflow stores once.
 
-Two files, each with one writer: tracking.json says what to send where (written here, in training), mlflow.json what has
-been sent (written in `bigtfm.mlflow_sender`, by whichever process holds the lock).
+Two files, each with one writer: tracking.json says what to send where (written here, in training),
+mlflow.json what has been sent (written in `bigtfm.mlflow_sender`, by whichever process holds the lock).
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ class Mirror:
         self._seconds = seconds
 
     def finish(self, status: str = "FINISHED", timeout: float | None = None) -> str | None:
-        """Let it send the rest, for at most `timeout` seconds (default: 30 for a local store, 10 for a server).
+        """Let it send the rest, for at most `timeout` seconds (default: 30 to a local store, 10 to a server).
 
-        `status` is MLflow's: FINISHED, FAILED or KILLED. Returns the MLflow run id if everything has arrived, else None:
-        `sync` sends the rest later.
+        `status` is MLflow's: FINISHED, FAILED or KILLED. Returns the MLflow run id if everything has arrived,
+        else None: `sync` sends the rest later.
         """
-        write_json(self._run_dir / "tracking.json", read_json(self._run_dir / "tracking.json") | {"status": status})
+        write_json(
+            self._run_dir / "tracking.json", read_json(self._run_dir / "tracking.json") | {"status": status}
+        )
         return self.run_id() if self.wait(self._seconds if timeout is None else timeout) == 0 else None
 
     def wait(self, timeout: float) -> int:
@@ -85,7 +87,7 @@ def start(
         uri: MLflow tracking URI; a relative sqlite path is taken from the working directory, now.
         experiment, name: MLflow experiment and run name.
         params: nested mappings; their leaves become MLflow params with dotted names.
-        artifacts: names of files in `run_dir` to upload (those that exist), besides metrics.jsonl and curve.png.
+        artifacts: names of files in `run_dir` to upload (those that exist) besides metrics.jsonl, curve.png.
     """
     uri = _absolute(uri)
     before = read_json(run_dir / "tracking.json")
@@ -95,7 +97,9 @@ def start(
         "uri": uri,
         "experiment": experiment,
         "name": name,
-        "key": before["key"] if same else uuid.uuid4().hex,  # finds the MLflow run again if its id was never heard of
+        "key": before["key"]
+        if same
+        else uuid.uuid4().hex,  # finds the MLflow run again if its id was never heard of
         "started": before["started"] if same else round(time.time(), 3),
         "status": "RUNNING",
         "artifacts": list(artifacts),
@@ -133,7 +137,7 @@ def sync(run_dir: Path, timeout: float = 600) -> str:
 
 
 def _launch(run_dir: Path, seconds: float) -> subprocess.Popen[bytes]:
-    """The sender, in a session of its own (a Ctrl-C is not meant for it); its standard input ends when we do."""
+    """The sender, in its own session (a Ctrl-C is not meant for it); its standard input ends when we do."""
     with (run_dir / "logs" / "mlflow.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "bigtfm.mlflow_sender", str(run_dir), str(seconds)],

@@ -1,7 +1,7 @@
-"""The process that follows a run's metrics.jsonl and sends it to MLflow: `python -m bigtfm.mlflow_sender RUN_DIR SECONDS`.
+"""The process that follows metrics.jsonl and sends it: `python -m bigtfm.mlflow_sender RUN_DIR SECONDS`.
 
-It lives until its standard input ends (training has ended or died), sends what is left within SECONDS, and exits: 0 if
-everything has arrived, 1 if not, 2 if another process is sending the same run.
+It lives until its standard input ends (training has ended or died), sends what is left within SECONDS, and
+exits: 0 if everything has arrived, 1 if not, 2 if another process is sending the same run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 class Rows:
-    """The rows of metrics.jsonl from where the last look ended; from the start where the file was replaced (a resume)."""
+    """The rows of metrics.jsonl from where the last look ended; from the start where a resume replaced it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -70,7 +70,7 @@ class Rows:
 
 
 class Sender:
-    """One run on its way to MLflow. Every method may raise whatever MLflow raises, and may then be called again."""
+    """One run on its way to MLflow. A method may raise what MLflow raises, and be called again then."""
 
     def __init__(self, run_dir: Path) -> None:
         from mlflow import MlflowClient
@@ -126,11 +126,15 @@ class Sender:
             return progress
         experiment_id = self._experiment_id()
         found = self._client.search_runs([experiment_id], f"tags.`bigtfm.key` = '{self._target['key']}'")
-        run = found[0] if found else self._client.create_run(
-            experiment_id,
-            start_time=int(self._target["started"] * 1000),
-            run_name=self._target["name"],
-            tags={"bigtfm.key": self._target["key"]},
+        run = (
+            found[0]
+            if found
+            else self._client.create_run(
+                experiment_id,
+                start_time=int(self._target["started"] * 1000),
+                run_name=self._target["name"],
+                tags={"bigtfm.key": self._target["key"]},
+            )
         )
         self._progress = place | {"run_id": run.info.run_id, "sent_step": -1}
         self._note()
@@ -141,7 +145,11 @@ class Sender:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is not None:
             return str(experiment.experiment_id)
-        beside = str(Path(uri.removeprefix("sqlite:///")).parent / "mlruns") if uri.startswith("sqlite:///") else None
+        beside = (
+            str(Path(uri.removeprefix("sqlite:///")).parent / "mlruns")
+            if uri.startswith("sqlite:///")
+            else None
+        )
         return str(self._client.create_experiment(name, artifact_location=beside))
 
     def _describe(self) -> None:
@@ -151,7 +159,9 @@ class Sender:
         run_id, wanted = self._progress["run_id"], self._target["params"]
         known = self._client.get_run(run_id).data.params
         # MLflow never changes a param: what a resumed run changed is told by a tag.
-        changed = {f"resumed.{key}": text for key, text in wanted.items() if known.get(key, text[:500]) != text[:500]}
+        changed = {
+            f"resumed.{key}": text for key, text in wanted.items() if known.get(key, text[:500]) != text[:500]
+        }
         tags = {f"env.{key}": text for key, text in environment().items()} | changed
         new = [Param(key, text[:500]) for key, text in wanted.items() if key not in known]
         self._client.log_batch(run_id, tags=[RunTag(key, text[:500]) for key, text in tags.items()])
@@ -187,7 +197,7 @@ def _is_active(client: MlflowClient, run_id: str | None) -> bool:
 
 
 def follow(run_dir: Path, ended: threading.Event) -> int:
-    """Send rows as they come until `ended`, then the rest; failures are tried again, further and further apart."""
+    """Send rows as they come until `ended`, then the rest; try again what fails, at growing intervals."""
     sender: Sender | None = None
     told, wait = "", 1.0
     while True:
@@ -224,7 +234,7 @@ def _until_end_of_input(ended: threading.Event, seconds: float) -> None:
 
 
 def _lock(run_dir: Path, ended: threading.Event) -> Any | None:
-    """An open file that keeps other senders of this run away; None if training has ended and one is still at work."""
+    """An open file that keeps other senders away; None if training has ended and one is still at work."""
     file = (run_dir / "logs" / "mlflow.lock").open("w")
     while True:
         try:

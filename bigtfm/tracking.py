@@ -1,6 +1,6 @@
 """What a run leaves to look at: metrics.jsonl, one JSON object a step, and the curve drawn from it.
 
-metrics.jsonl is the record; everything else that shows a run (curve.png, MLflow) is made from it and can be made again.
+metrics.jsonl is the record: what else shows a run (curve.png, MLflow) is made from it, again if need be.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl: one object a line, each flushed, floats written so that they read back exactly.
+    """Appends to metrics.jsonl: an object a line, each flushed; floats read back exactly.
 
-    A row gets the wall-clock `time` (Unix seconds) at which it was written, so that a later copy of it, in MLflow, is
-    told apart from a second row. A line torn by a kill is dropped when the log is opened.
+    A row gets the wall-clock `time` (Unix seconds) at which it was written: what is sent to MLflow later, or
+    twice, keeps its time. A line torn by a kill is dropped when the log is opened.
 
     Raises:
         StorageProblem: the file can't be written.
@@ -35,7 +35,9 @@ class MetricsLog:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it holds at least `step`."""
-        values = {key: _writable(value) for key, value in ({"time": round(time.time(), 3)} | dict(row)).items()}
+        values = {
+            key: _writable(value) for key, value in ({"time": round(time.time(), 3)} | dict(row)).items()
+        }
         try:
             self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
             self._file.flush()
@@ -43,7 +45,7 @@ class MetricsLog:
             raise _unwritable(self.path, error) from None
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows past `step`, the step of the checkpoint that a run is resumed from. All or nothing."""
+        """Drop the rows past `step`, the step of the checkpoint that is resumed from. All or nothing."""
         self._file.close()
         shorter = self.path.with_suffix(".tmp")
         try:
@@ -72,7 +74,10 @@ class MetricsLog:
 
 def parse_row(line: bytes) -> dict[str, Any]:
     """One line of metrics.jsonl. Raises ValueError if it is torn."""
-    return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in json.loads(line).items()}
+    return {
+        key: NOT_FINITE.get(value, value) if isinstance(value, str) else value
+        for key, value in json.loads(line).items()
+    }
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -125,11 +130,13 @@ def _whole_lines(file: IO[bytes]) -> int:
 
 def _unwritable(path: Path, error: OSError) -> StorageProblem:
     return StorageProblem(
-        f"can't be written: {error.strerror}", where=str(path), fix="free space or correct the permissions, then resume"
+        f"can't be written: {error.strerror}",
+        where=str(path),
+        fix="free space or correct the permissions, then resume",
     )
 
 
-# --- the curve -------------------------------------------------------------------------------------------------------
+# --- the curve ---------------------------------------------------------------------------------------------
 
 _INK, _GRID = "#333333", "#e6e6e6"
 _RAW, _SMOOTH, _VALIDATION, _BASELINE = "#a9c4e4", "#1f5fa8", "#d1495b", "#777777"
@@ -155,10 +162,18 @@ def plot_curve(run_dir: Path) -> Path:
     figure = Figure(figsize=(8, 5), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    _draw_losses(upper, steps, [row[1] for row in rows], [(row[0], row[3]) for row in rows if row[3] is not None])
+    _draw_losses(
+        upper, steps, [row[1] for row in rows], [(row[0], row[3]) for row in rows if row[3] is not None]
+    )
     baseline = _baseline(run_dir)
     if baseline is not None:
-        upper.axhline(baseline, color=_BASELINE, linestyle=(0, (5, 4)), linewidth=1.2, label=f"unigram baseline {baseline:.3f}")
+        upper.axhline(
+            baseline,
+            color=_BASELINE,
+            linestyle=(0, (5, 4)),
+            linewidth=1.2,
+            label=f"unigram baseline {baseline:.3f}",
+        )
     if rows:
         upper.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.85)
     lower.plot(steps, [row[2] for row in rows], color=_INK, linewidth=1.2)
@@ -184,7 +199,9 @@ def plot_curve(run_dir: Path) -> Path:
     return path
 
 
-def _draw_losses(axes: Any, steps: list[int], losses: list[float], validation: list[tuple[int, float]]) -> None:
+def _draw_losses(
+    axes: Any, steps: list[int], losses: list[float], validation: list[tuple[int, float]]
+) -> None:
     every = max(1, len(steps) // 4000)  # more points than the picture has pixels only blacken it
     axes.plot(steps[::every], losses[::every], color=_RAW, linewidth=0.8)
     smooth = _smoothed(losses)
@@ -192,12 +209,20 @@ def _draw_losses(axes: Any, steps: list[int], losses: list[float], validation: l
     axes.plot(steps[::every], smooth[::every], color=_SMOOTH, linewidth=1.8, label=f"training{last}")
     if validation:
         at, values = zip(*validation, strict=True)
-        style = {"color": _VALIDATION, "linewidth": 1.2, "marker": "o", "markersize": 4.5 if len(at) < 60 else 0}
+        style = {
+            "color": _VALIDATION,
+            "linewidth": 1.2,
+            "marker": "o",
+            "markersize": 4.5 if len(at) < 60 else 0,
+        }
         axes.plot(at, values, label=f"validation {values[-1]:.3f}", **style)
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Mean over the neighbours on both sides (2 % of the points, fewer near the start, where the curve is steep), blind to NaN."""
+    """Mean over the neighbours on both sides, blind to NaN.
+
+    2 % of the points each side; fewer near the start, where the curve is steep.
+    """
     sums, counts = [0.0], [0]
     for value in values:
         finite = math.isfinite(value)

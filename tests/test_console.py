@@ -1,4 +1,4 @@
-"""Progress is plain lines in a log and one live line on a terminal; the time left is not fooled by a pause."""
+"""Progress is plain lines in a log, a live line on a terminal; the time left is not fooled by a pause."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ class Clock:
 
 
 def row(step: int) -> dict[str, float | int | None]:
-    return {"step": step, "loss": 9.0 / step, "tokens_per_second": 12345.6, "mfu": 0.412, "lr": 1e-3, "grad_norm": 0.5}
+    return {
+        "step": step,
+        "loss": 9.0 / step,
+        "tokens_per_second": 12345.6,
+        "mfu": 0.412,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+    }
 
 
 SUMMARY = Summary(
@@ -40,7 +47,10 @@ SUMMARY = Summary(
     checkpoint=Path("runs/demo/checkpoints/step-00000300"),
     curve=Path("runs/demo/curve.png"),
     mlflow_run="3ef0",
-    next_commands=(("let it write", 'bigtfm generate --run runs/demo --prompt "The"'), ("see the curves", "make ui")),
+    next_commands=(
+        ("let it write", 'bigtfm generate --run runs/demo --prompt "The"'),
+        ("see the curves", "make ui"),
+    ),
 )
 
 
@@ -66,7 +76,12 @@ def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, forced: dict[st
     text = stream.getvalue()
     assert not set(text) & {chr(code) for code in (*range(10), *range(11, 32), 127)}
     lines = text.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/300", "100/300", "200/300", "300/300"]
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [
+        "1/300",
+        "100/300",
+        "200/300",
+        "300/300",
+    ]
     assert len({line.index("tokens/s") for line in lines if line.startswith("step ")}) == 1  # aligned
     assert "loss  0.0900" in lines[1]
     assert "6m40s left" in lines[1]  # 200 steps of 2 s
@@ -128,7 +143,9 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert "\r" not in screen.getvalue()
 
 
-def test_the_live_line_is_not_drawn_at_every_one_of_a_thousand_steps_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_live_line_is_not_drawn_at_every_one_of_a_thousand_steps_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     screen, clock = Screen(), Clock()
     console = Console(1000, stream=screen, clock=clock)
@@ -153,7 +170,14 @@ def test_a_pause_does_not_spoil_the_time_left(pause: float, longest: float) -> N
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1m00s"), (3599, "59m59s"), (7384, "2h03m"), (4 * 86400 + 6 * 3600, "4d06h")],
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1m00s"),
+        (3599, "59m59s"),
+        (7384, "2h03m"),
+        (4 * 86400 + 6 * 3600, "4d06h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

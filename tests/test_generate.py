@@ -13,9 +13,16 @@ VOCAB, LIMIT = 29, 24
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
 
 
-def make(**shape):
-    shape = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 4, "max_seq_len": LIMIT, "init_std": 0.5, **shape}
-    model = GPT(ModelSection(**shape), VOCAB, seed=1)
+def make(recompute="none", **shape):
+    shape = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "max_seq_len": LIMIT,
+        "init_std": 0.5,
+        **shape,
+    }
+    model = GPT(ModelSection(**shape), VOCAB, seed=1, recompute=recompute)
     init_weights(model)
     return model
 
@@ -42,7 +49,9 @@ def test_cache_gives_the_logits_of_a_full_forward(positions, kv_heads, monkeypat
     assert [len(tokens) for tokens in continuations] == [9] * 4
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, continuations, strict=True)):
         expected = full_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
-        torch.testing.assert_close(torch.stack([logits[row] for logits in seen]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.stack([logits[row] for logits in seen]), expected, atol=1e-4, rtol=1e-4
+        )
         assert tokens == expected.argmax(-1).tolist()
 
 
@@ -84,7 +93,9 @@ def test_stops_when_the_model_has_read_max_seq_len_tokens(positions):
 
 def test_streams_each_token_once_in_order():
     model, streamed = make(), [[] for _ in PROMPTS]
-    result = generate(model, PROMPTS, max_new_tokens=5, on_token=lambda row, token: streamed[row].append(token))
+    result = generate(
+        model, PROMPTS, max_new_tokens=5, on_token=lambda row, token: streamed[row].append(token)
+    )
     assert streamed == result
 
 
@@ -96,10 +107,17 @@ def test_leaves_the_model_as_it_was():
     assert generate(model, [], max_new_tokens=3) == []
 
 
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_does_not_matter(recompute):
+    assert generate(make(recompute), PROMPTS, max_new_tokens=3) == generate(make(), PROMPTS, max_new_tokens=3)
+
+
 def frequencies(**settings):
     probabilities = torch.tensor([0.5, 0.05, 0.25, 0.15, 0.05])
     u = (torch.arange(10_000).double() + 0.5) / 10_000
-    tokens = sample(probabilities.log().expand(len(u), -1), u, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings)
+    tokens = sample(
+        probabilities.log().expand(len(u), -1), u, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
+    )
     return torch.bincount(tokens, minlength=5).double() / len(u)
 
 

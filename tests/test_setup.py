@@ -1,4 +1,4 @@
-"""The Makefile picks the right torch and the right Python, and recovers from a kill; `make -n` and fakes, no download."""
+"""The Makefile picks the right torch and Python and recovers from a kill; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,11 +24,23 @@ def fake(folder: Path, name: str, script: str) -> Path:
 
 
 def make(*arguments: str, first_in_path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    names = ("PYTHON", "TORCH_VERSION", "TORCH_CPU_INDEX", "RUN", "STEPS", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    names = (
+        "PYTHON",
+        "TORCH_VERSION",
+        "TORCH_CPU_INDEX",
+        "RUN",
+        "STEPS",
+        "ARGS",
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "MFLAGS",
+    )
     environment = {name: value for name, value in os.environ.items() if name not in names}
     if first_in_path is not None:
         environment["PATH"] = f"{first_in_path}:{environment['PATH']}"
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def plan(tmp_path: Path, *arguments: str, nvidia_smi: str) -> str:
@@ -45,7 +57,10 @@ def test_linux_without_a_gpu_only_ever_asks_for_the_cpu_build(tmp_path: Path) ->
     asked = [word for word in commands.split() if word.strip("'\"").startswith("torch==")]
     assert asked
     assert {word.strip("'\";") for word in asked} == {"torch==2.13.0+cpu"}
-    known, published = commands.index("install"), commands.index("--extra-index-url https://download.pytorch.org/whl/cpu")
+    known, published = (
+        commands.index("install"),
+        commands.index("--extra-index-url https://download.pytorch.org/whl/cpu"),
+    )
     assert known < published  # an own mirror is asked first
 
 
@@ -62,7 +77,9 @@ def test_later_packages_keep_the_torch_that_is_there(tmp_path: Path) -> None:
     assert constraint < commands.index("--constraint") < commands.index("--editable '.[dev,hf]'")
 
 
-@pytest.mark.parametrize(("gpus", "ranks"), [(NO_DRIVER, 2), (GPU, 1), (f"{GPU}; {GPU}", 2), (f"{GPU}; {GPU}; {GPU}", 2)])
+@pytest.mark.parametrize(
+    ("gpus", "ranks"), [(NO_DRIVER, 2), (GPU, 1), (f"{GPU}; {GPU}", 2), (f"{GPU}; {GPU}; {GPU}", 2)]
+)
 def test_the_quickstart_uses_two_ranks_or_the_one_gpu(tmp_path: Path, gpus: str, ranks: int) -> None:
     commands = plan(tmp_path, "quickstart", "STEPS=40", nvidia_smi=gpus)
     assert f"--num_gpus {ranks} " in commands

@@ -1,4 +1,4 @@
-"""metrics.jsonl round-trips and survives kills; MLflow gets every row once, and training never waits for it."""
+"""metrics.jsonl round-trips and survives kills; MLflow gets each row once; training never waits for it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bigtfm.config.problems import DataProblem, StorageProblem
-from bigtfm.mlflow_mirror import start, sync
+from bigtfm.mlflow_mirror import Mirror, start, sync
 from bigtfm.mlflow_sender import Rows, read_json
 from bigtfm.tracking import MetricsLog, plot_curve, read_metrics
 
@@ -36,11 +37,13 @@ def write_rows(path: Path, first: int, last: int, **more: float) -> None:
     log.close()
 
 
-# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+# --- metrics.jsonl -----------------------------------------------------------------------------------------
 
 
 @given(value=st.floats(allow_nan=True, allow_infinity=True))
-def test_floats_read_back_exactly_and_the_json_is_valid(value: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_floats_read_back_exactly_and_the_json_is_valid(
+    value: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     log = MetricsLog(path)
     log.append({"step": 1, "loss": value})
@@ -117,7 +120,7 @@ def test_rows_are_followed_across_a_replaced_file(tmp_path: Path) -> None:
     assert [row["step"] for row in rows.new(10)] == [1, 2]
 
 
-# --- the curve -------------------------------------------------------------------------------------------------------
+# --- the curve ---------------------------------------------------------------------------------------------
 
 
 def test_the_curve_shows_training_validation_and_baseline(tmp_path: Path) -> None:
@@ -141,15 +144,34 @@ def test_the_curve_of_odd_runs_is_drawn(tmp_path: Path, losses: list[float]) -> 
     assert plot_curve(tmp_path).stat().st_size > 1000
 
 
-# --- MLflow ----------------------------------------------------------------------------------------------------------
+# --- MLflow ------------------------------------------------------------------------------------------------
 
-PARAMS = {"run": {"model": {"hidden_size": 192}}, "deepspeed": {"optimizer": {"params": {"betas": [0.9, 0.95]}}}}
+PARAMS = {
+    "run": {"model": {"hidden_size": 192}},
+    "deepspeed": {"optimizer": {"params": {"betas": [0.9, 0.95]}}},
+}
 
 
-def mirror(run_dir: Path, uri: str):  # type: ignore[no-untyped-def]
-    run_dir.mkdir(exist_ok=True)
-    (run_dir / "run.toml").write_text("[run]\n")
-    return start(run_dir, uri=uri, experiment="tests", name="demo", params=PARAMS, artifacts=["run.toml", "absent.json"])
+StartMirror = Callable[[Path, str], Mirror]
+
+
+@pytest.fixture
+def mirror() -> Iterator[StartMirror]:
+    """Starts mirrors; none outlives the test."""
+    started = []
+
+    def begin(run_dir: Path, uri: str) -> Mirror:
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "run.toml").write_text("[run]\n")
+        files = ["run.toml", "absent.json"]
+        started.append(
+            start(run_dir, uri=uri, experiment="tests", name="demo", params=PARAMS, artifacts=files)
+        )
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.wait(timeout=0)
 
 
 def select(database: Path, query: str) -> list[tuple[object, ...]]:
@@ -158,10 +180,12 @@ def select(database: Path, query: str) -> list[tuple[object, ...]]:
 
 
 def stored_steps(database: Path, key: str = "loss") -> list[object]:
-    return [step for (step,) in select(database, f"SELECT step FROM metrics WHERE key = '{key}' ORDER BY step")]
+    return [
+        step for (step,) in select(database, f"SELECT step FROM metrics WHERE key = '{key}' ORDER BY step")
+    ]
 
 
-def wait_for(condition, seconds: float = 40) -> None:  # type: ignore[no-untyped-def]
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -169,7 +193,9 @@ def wait_for(condition, seconds: float = 40) -> None:  # type: ignore[no-untyped
 
 
 @pytest.mark.slow
-def test_every_row_arrives_once_in_one_mlflow_run_across_lost_answers_and_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_arrives_once_in_one_mlflow_run_across_lost_answers_and_a_resume(
+    tmp_path: Path, mirror: StartMirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # a relative URI is taken from here, at the start
     run_dir, database, log = tmp_path / "run", tmp_path / "mlflow.db", tmp_path / "run" / "metrics.jsonl"
     first = mirror(run_dir, "sqlite:///mlflow.db")
@@ -182,7 +208,9 @@ def test_every_row_arrives_once_in_one_mlflow_run_across_lost_answers_and_a_resu
     assert stored_steps(database) == list(range(1, 61))
     assert select(database, "SELECT value, step FROM metrics WHERE key = 'val_loss'") == [(1.25, 60)]
     assert select(database, "SELECT is_nan FROM metrics WHERE key = 'mfu'") == [(1,)]
-    assert select(database, "SELECT count(*) FROM metrics WHERE key IN ('step', 'time', 'sample_digest')") == [(0,)]
+    assert select(
+        database, "SELECT count(*) FROM metrics WHERE key IN ('step', 'time', 'sample_digest')"
+    ) == [(0,)]
     params = dict(select(database, "SELECT key, value FROM params"))
     assert params["run.model.hidden_size"] == "192"
     assert params["deepspeed.optimizer.params.betas"] == "[0.9, 0.95]"
@@ -264,12 +292,14 @@ def connections(port: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", [refused, black_hole, broken_server])
-def test_training_does_not_wait_for_a_bad_server(tmp_path: Path, server) -> None:  # type: ignore[no-untyped-def]
+def test_training_does_not_wait_for_a_bad_server(
+    tmp_path: Path, mirror: StartMirror, server: Callable[[], Any]
+) -> None:
     run_dir = tmp_path / "run"
     with server() as port:
         began = time.perf_counter()
         sender = mirror(run_dir, f"http://127.0.0.1:{port}")
-        slowest = time.perf_counter() - began
+        taken = [time.perf_counter() - began]
         log = MetricsLog(run_dir / "metrics.jsonl")
 
         def one_more(step: int) -> float:
@@ -278,13 +308,18 @@ def test_training_does_not_wait_for_a_bad_server(tmp_path: Path, server) -> None
             return time.perf_counter() - began
 
         step = 0
-        while not (read_json(run_dir / "mlflow.json").get("error") or (server is black_hole and connections(port))):
+        while not (
+            read_json(run_dir / "mlflow.json").get("error") or (server is black_hole and connections(port))
+        ):
             step += 1
-            slowest = max(slowest, one_more(step))
+            taken.append(one_more(step))
             assert step < 2000, "the server was never asked"
             time.sleep(0.02)
         log.close()
-        assert slowest < 0.05
+        assert sorted(taken)[len(taken) * 9 // 10] < 0.05
+        assert (
+            max(taken) < 1
+        )  # a busy machine may stop us for a while; a server that is waited for stops us longer
         began = time.perf_counter()
         assert sender.finish(timeout=2) is None
         assert time.perf_counter() - began < 3
@@ -292,7 +327,7 @@ def test_training_does_not_wait_for_a_bad_server(tmp_path: Path, server) -> None
 
 
 @pytest.mark.slow
-def test_sync_delivers_later_what_a_dead_server_missed(tmp_path: Path) -> None:
+def test_sync_delivers_later_what_a_dead_server_missed(tmp_path: Path, mirror: StartMirror) -> None:
     run_dir, database = tmp_path / "run", tmp_path / "server.db"
     with refused() as port:
         sender = mirror(run_dir, f"http://127.0.0.1:{port}")
@@ -302,14 +337,27 @@ def test_sync_delivers_later_what_a_dead_server_missed(tmp_path: Path) -> None:
     with pytest.raises(StorageProblem, match=f"127.0.0.1:{port}"):
         sync(run_dir, timeout=0.5)
 
-    command = ["mlflow", "server", "--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{database}"]
+    command = [
+        "mlflow",
+        "server",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{database}",
+    ]
     with (tmp_path / "server.log").open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=output, stderr=output, cwd=tmp_path, start_new_session=True
+            [sys.executable, "-m", *command],
+            stdout=output,
+            stderr=output,
+            cwd=tmp_path,
+            start_new_session=True,
         )
     try:
         wait_for(lambda: answers(port))
-        run_id = sync(run_dir, timeout=60)
+        run_id = sync(run_dir, timeout=120)
     finally:
         server.terminate()
         server.wait(20)
@@ -318,7 +366,7 @@ def test_sync_delivers_later_what_a_dead_server_missed(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob(f"{run_id}/artifacts/curve.png"))) == 1
 
 
-def test_the_sender_ends_by_itself_after_training_died(tmp_path: Path) -> None:
+def test_the_sender_ends_by_itself_after_training_died(tmp_path: Path, mirror: StartMirror) -> None:
     with black_hole() as port:
         mirror(tmp_path / "run", f"http://127.0.0.1:{port}").finish(timeout=0)
         began = time.monotonic()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -122,6 +123,9 @@ class Split:
         self._tokens = [_map(folder / file.name, dtype, file.tokens) for file in header.files]
         self._starts = [_map(folder / file.index, INDEX_DTYPE, file.documents) for file in header.files]
         self._offsets = list(accumulate((file.tokens for file in header.files), initial=0))
+        self._first_tokens = np.array(self._offsets[:-1], dtype=np.int64)
+        documents = [file.documents for file in header.files]
+        self._first_documents = np.cumsum([0, *documents[:-1]], dtype=np.int64)
         self._dtype = dtype
 
     @property
@@ -158,6 +162,23 @@ class Split:
             parts.append(self._starts[file][first:last].astype(np.int64) + self._offsets[file])
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    def documents_before(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many documents begin before each position of the stream: int64 [n] -> int64 [n]."""
+
+        def look_up(file: int, places: npt.NDArray[np.int64]) -> Any:
+            first = self._first_documents[file]
+            return np.searchsorted(self._starts[file], places.astype(INDEX_DTYPE)) + first
+
+        return _by_file(self._first_tokens, positions, look_up)
+
+    def document_positions(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where documents begin in the stream, by their numbers: int64 [n] -> int64 [n]."""
+
+        def look_up(file: int, places: npt.NDArray[np.int64]) -> Any:
+            return self._starts[file][places].astype(np.int64) + self._first_tokens[file]
+
+        return _by_file(self._first_documents, documents, look_up)
+
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(file, first, last) for each file that [start, stop) touches; positions are the file's own."""
         if not 0 <= start <= stop <= self.num_tokens:
@@ -169,6 +190,20 @@ class Split:
             parts.append((file, start - self._offsets[file], end - self._offsets[file]))
             start, file = end, file + 1
         return parts
+
+
+def _by_file(
+    firsts: npt.NDArray[np.int64],
+    values: npt.NDArray[np.int64],
+    look_up: Callable[[int, npt.NDArray[np.int64]], Any],
+) -> npt.NDArray[np.int64]:
+    """`look_up(file, value - firsts[file])` of each value; `firsts`: the files' first values."""
+    files = np.searchsorted(firsts, values, side="right") - 1
+    out = np.empty(len(values), dtype=np.int64)
+    for file in set(files.tolist()):
+        here = np.flatnonzero(files == file)
+        out[here] = look_up(file, values[here] - firsts[file])
+    return out
 
 
 class TokenDataset:

@@ -24,7 +24,8 @@ class TokenStream(Protocol):
     @property
     def num_tokens(self) -> int: ...
     def read(self, start: int, stop: int) -> NDArray[Any]: ...
-    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]: ...
+    def documents_before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]: ...
+    def document_positions(self, documents: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Loader:
         self, starts: NDArray[np.int64], stops: NDArray[np.int64], offsets: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Flat positions, 1 .. T, at which a document begins inside or right behind a window."""
-        ranges = zip((starts + 1).tolist(), (stops + 1).tolist(), strict=True)
-        found = [self.split.document_starts(start, stop) for start, stop in ranges]
-        return np.concatenate(found) + np.repeat(offsets - starts, [len(part) for part in found])
+        first, last = self.split.documents_before(np.concatenate([starts, stops]) + 1).reshape(2, -1)
+        counts = last - first
+        documents = np.arange(counts.sum()) + np.repeat(last - np.cumsum(counts), counts)
+        return self.split.document_positions(documents) + np.repeat(offsets - starts, counts)

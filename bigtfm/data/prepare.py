@@ -119,7 +119,7 @@ def prepare(
             model = _tokenizer(work, given, units, reading, vocab_size, model_type, report)
             dtype = "uint16" if model.vocab_size <= 65536 else "uint32"
             job = Job(work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction)
-            records, folders = _tokenise(job, units, workers or len(os.sched_getaffinity(0)), report)
+            records, folders = _tokenise(job, units, workers or _cores(), report)
             header = _join(
                 job, records, folders, model, plan, sum(source.size for source in sources), file_bytes
             )
@@ -184,6 +184,11 @@ def _reading(
         document_bytes or min(max(text // 100, 1024), 65536),
         unit_bytes or min(max(total // 2048, 2 << 20), 64 << 20),
     )
+
+
+def _cores() -> int:
+    """Cores that this process may use (a job's share of its node, where the system can tell)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(given: str) -> str:

@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -115,22 +116,22 @@ def _write_tokens(job: Job, spans: Unit, chosen: int | None, folder: Path) -> Re
     tokenizer = _tokenizer(job.tokenizer)
     threshold = int(job.validation_fraction * 2**64)
     record = Record({name: Counts() for name in SPLITS})
-    writers = {
-        name: _SplitWriter(folder / name, record.splits[name], tokenizer, job.dtype) for name in SPLITS
-    }
-    for batch in _batches(document for span in spans for document in read_documents(span, job.reading)):
-        chunks: dict[str, list[bytes]] = {name: [] for name in SPLITS}
-        for document in batch:
-            if not document:
-                record.empty_documents += 1
-                continue
-            number = document_hash(document)
-            record.smallest_hash = min(record.smallest_hash, number)
-            chunks["validation" if number < threshold or number == chosen else "train"].append(document)
-        for name, documents in chunks.items():
-            writers[name].add(documents)
-    for writer in writers.values():
-        writer.close()
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(_SplitWriter(folder / name, record.splits[name], tokenizer, job.dtype))
+            for name in SPLITS
+        }
+        for batch in _batches(document for span in spans for document in read_documents(span, job.reading)):
+            chunks: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+            for document in batch:
+                if not document:
+                    record.empty_documents += 1
+                    continue
+                number = document_hash(document)
+                record.smallest_hash = min(record.smallest_hash, number)
+                chunks["validation" if number < threshold or number == chosen else "train"].append(document)
+            for name, documents in chunks.items():
+                writers[name].add(documents)
     return record
 
 
@@ -158,10 +159,25 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-class _SplitWriter:
-    def __init__(self, stem: Path, counts: Counts, tokenizer: Tokenizer, dtype: str) -> None:
+class _Files:
+    """A .bin and a .idx that are being written; closing sees them on the disk."""
+
+    def __init__(self, stem: Path) -> None:
         self._tokens = stem.with_suffix(".bin").open("wb")
         self._index = stem.with_suffix(".idx").open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in (self._tokens, self._index):
+            with file:
+                _sync(file)
+
+
+class _SplitWriter(_Files):
+    def __init__(self, stem: Path, counts: Counts, tokenizer: Tokenizer, dtype: str) -> None:
+        super().__init__(stem)
         self._counts, self._tokenizer, self._dtype = counts, tokenizer, np.dtype(dtype)
 
     def add(self, documents: Sequence[bytes]) -> None:
@@ -181,11 +197,6 @@ class _SplitWriter:
         added = Counts(len(documents), len(stream), sum(map(len, documents)), int(stream.max()))
         self._counts.add(added)
 
-    def close(self) -> None:
-        for file in (self._tokens, self._index):
-            _sync(file)
-            file.close()
-
 
 def join_units(
     job: Job, name: str, folders: Iterable[Path], out: Path, file_bytes: int
@@ -195,28 +206,26 @@ def join_units(
     A file ends with the unit at which it reaches `file_bytes`, so never within a document.
     """
     entries: list[dict[str, Any]] = []
-    current: _JoinedFile | None = None
-    for folder in folders:
-        if (folder / f"{name}.bin").stat().st_size == 0:
-            continue
-        if current is None:
-            current = _JoinedFile(out, f"{name}-{len(entries):05d}", np.dtype(job.dtype))
-        current.append(folder / f"{name}.bin", folder / f"{name}.idx")
-        if current.size >= file_bytes:
-            entries.append(current.close())
-            current = None
-    return [*entries, current.close()] if current is not None else entries
+    waiting = [folder for folder in folders if (folder / f"{name}.bin").stat().st_size]
+    waiting.reverse()
+    while waiting:
+        with _JoinedFile(out / f"{name}-{len(entries):05d}", np.dtype(job.dtype)) as file:
+            while waiting and file.size < file_bytes:
+                folder = waiting.pop()
+                file.append(folder / f"{name}.bin", folder / f"{name}.idx")
+            entries.append(file.entry())
+    return entries
 
 
-class _JoinedFile:
-    def __init__(self, out: Path, stem: str, dtype: np.dtype[Any]) -> None:
-        self.stem, self.dtype = stem, dtype
+class _JoinedFile(_Files):
+    def __init__(self, stem: Path, dtype: np.dtype[Any]) -> None:
+        super().__init__(stem)
+        self.name, self.itemsize = stem.name, dtype.itemsize
         self.size = self.documents = 0
-        self._tokens, self._index = (out / f"{stem}.bin").open("wb"), (out / f"{stem}.idx").open("wb")
         self._sha256, self._index_sha256 = hashlib.sha256(), hashlib.sha256()
 
     def append(self, tokens: Path, index: Path) -> None:
-        before = INDEX_DTYPE.type(self.size // self.dtype.itemsize)
+        before = INDEX_DTYPE.type(self.size // self.itemsize)
         with index.open("rb") as file:
             while block := file.read(COPY_BYTES):
                 starts = np.frombuffer(block, dtype=INDEX_DTYPE) + before
@@ -229,16 +238,13 @@ class _JoinedFile:
                 self._sha256.update(block)
                 self.size += len(block)
 
-    def close(self) -> dict[str, Any]:
-        for file in (self._tokens, self._index):
-            _sync(file)
-            file.close()
+    def entry(self) -> dict[str, Any]:
         return {
-            "name": f"{self.stem}.bin",
-            "tokens": self.size // self.dtype.itemsize,
+            "name": f"{self.name}.bin",
+            "tokens": self.size // self.itemsize,
             "documents": self.documents,
             "sha256": self._sha256.hexdigest(),
-            "index": f"{self.stem}.idx",
+            "index": f"{self.name}.idx",
             "index_sha256": self._index_sha256.hexdigest(),
         }
 

@@ -1,10 +1,10 @@
 """Attention: the only door. Backends are chosen in this file alone.
 
-N documents, T tokens of all documents together, H query heads, K key/value heads (grouped queries: H is a multiple of K;
-Ainslie et al. 2023), D features a head, B rows of a cache, Q queries a row, S slots a row.
+N documents, T tokens of all documents together, H query heads, K key/value heads (grouped queries: H is a
+multiple of K; Ainslie et al. 2023), D features a head, B rows of a cache, Q queries a row, S slots a row.
 
-Documents are packed: token after token without padding, document n at [cu_seqlens[n], cu_seqlens[n + 1]). No query sees a
-key of another document. Scores are scaled by 1 / sqrt(D) (Vaswani et al. 2017, equation 1).
+Documents are packed: token after token without padding, document n at [cu_seqlens[n], cu_seqlens[n + 1]). No
+query sees a key of another document. Scores are scaled by 1 / sqrt(D) (Vaswani et al. 2017, equation 1).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def attention(
 ) -> Tensor:
     """Self-attention within each document.
 
-    q [T, H, D], k and v [T, K, D]; cu_seqlens [N + 1] int32; seq_lens: the N lengths on the host (no device is asked for
-    them); causal: a query sees the keys up to its own position. Returns [T, H, D].
+    q [T, H, D], k and v [T, K, D]; cu_seqlens [N + 1] int32; seq_lens: the N lengths on the host (no device
+    is asked for them); causal: a query sees the keys up to its own position. Returns [T, H, D].
 
-    torch SDPA: neighbouring documents of equal length are one batch, a view of the packed tensors; `by_length` puts equal
-    lengths side by side. Neither padding nor a mask exists.
+    torch SDPA: neighbouring documents of equal length are one batch, a view of the packed tensors;
+    `by_length` puts equal lengths side by side. Neither padding nor a mask exists.
     """
     runs = [(length, len(list(same))) for length, same in itertools.groupby(seq_lens)]
     if len(runs) == 1:
@@ -39,7 +39,8 @@ def attention(
 
 def _batch(q: Tensor, k: Tensor, v: Tensor, run: tuple[int, int], causal: bool) -> Tensor:
     length, count = run
-    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))  # [count, heads, length, D]
+    # [count * length, heads, D] -> [count, heads, length, D]
+    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
 
@@ -47,7 +48,7 @@ def _batch(q: Tensor, k: Tensor, v: Tensor, run: tuple[int, int], causal: bool) 
 def by_length(cu_seqlens: Tensor, seq_lens: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
     """The reordering of whole documents that makes `attention` fast, or None where the order is good already.
 
-    A caller whose result does not depend on the order of documents (a sum of losses) may apply it to its tokens first.
+    A caller whose result does not depend on the order of documents (a sum of losses) may apply it first.
     Returns (index [T] such that tokens[index] is the new order, cu_seqlens and seq_lens of the new order).
     """
     runs = sum(1 for _ in itertools.groupby(seq_lens))
@@ -66,11 +67,12 @@ def by_length(cu_seqlens: Tensor, seq_lens: tuple[int, ...]) -> tuple[Tensor, Te
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor) -> Tensor:
     """Causal attention of the last Q tokens of each row to all tokens of that row, for decoding.
 
-    q [B, Q, H, D]; k and v [B, S, K, D], of which the first lengths[b] slots of row b are filled, the queries' own among
-    them; lengths [B] int64. Returns [B, Q, H, D].
+    q [B, Q, H, D]; k and v [B, S, K, D], of which the first lengths[b] slots of row b are filled, the
+    queries' own among them; lengths [B] int64. Returns [B, Q, H, D].
     """
     slots = torch.arange(k.shape[1], device=q.device)
-    last = lengths[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # [B, Q] position of each query
+    # [B, Q]: the slot of each query
+    last = lengths[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)
     visible = (slots <= last[..., None])[:, None]  # [B, 1, Q, S]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
@@ -80,7 +82,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor) -> Ten
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, seq_lens: tuple[int, ...], causal: bool
 ) -> Tensor:
-    """`attention` as the formula is written, for tests: any dtype (fp64 is the yardstick), one document after another."""
+    """`attention` as the formula is written, document by document, in any dtype: the yardstick of tests."""
     group = q.shape[1] // k.shape[1]
     out = []
     for q_doc, k_doc, v_doc in zip(q.split(seq_lens), k.split(seq_lens), v.split(seq_lens), strict=True):

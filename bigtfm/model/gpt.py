@@ -1,6 +1,7 @@
 """GPT: a pre-norm decoder over packed documents (Radford et al. 2019), Llama-style where the config says so.
 
-N documents, T tokens of all documents together, C features, D head size, V vocabulary, Vp vocabulary padded to a multiple.
+N documents, T tokens of all documents together, C features, K key/value heads, D head size, V vocabulary, Vp
+vocabulary padded to a multiple, B rows and S slots of a cache.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from bigtfm.model.transformer import Block, Cache, Packed, Recompute, make_norm,
 class GPT(nn.Module):
     """Next-token model. Its parameters are uninitialised until `init_weights` or a checkpoint fills them.
 
-    vocab_size: tokens of the data; the matrices are padded to config.vocab_multiple, and padding never enters the loss.
-    seed: of the initial weights and of dropout. label_smoothing and l1: see forward. recompute: see `run_blocks`.
+    vocab_size: tokens of the data; the matrices are padded to config.vocab_multiple, and padding never enters
+    the loss. seed: of the initial weights and of dropout. label_smoothing, l1: see `forward`. recompute: see
+    `run_blocks`.
     """
 
     def __init__(
@@ -54,15 +56,17 @@ class GPT(nn.Module):
         position_ids: Tensor,  # [T] int64
         cu_seqlens: Tensor,  # [N + 1] int32
         seq_lens: tuple[int, ...],
-        token_keys: Tensor | None = None,  # [T] int64, what dropout of a token depends on; needed where dropout acts
-        l1_scale: float = 0.0,
+        token_keys: Tensor
+        | None = None,  # [T] int64, what a token's dropout depends on; needed where it acts
+        l1_scale: float | None = None,  # needed where l1 acts
     ) -> tuple[Tensor, Tensor]:
         """(sum of the token losses in nats, fp32 scalar; number of labels, int64 scalar).
 
-        In training mode the token loss has label smoothing (Szegedy et al. 2016, as torch's cross_entropy defines it), and
-        the gradient of l1 * l1_scale * sum |w| is added to that of the returned sum, whose value it leaves alone. For a
-        step to minimise "mean token loss + l1 * sum |w|", a caller that divides the sums of a step's F forwards (all ranks
-        and accumulation steps) by the step's number of labels n passes l1_scale = n / F.
+        In training mode the token loss has label smoothing (Szegedy et al. 2016, as torch's cross_entropy
+        defines it), and the gradient of l1 * l1_scale * sum |w| is added to that of the returned sum, whose
+        value it leaves alone. For a step to minimise "mean token loss + l1 * sum |w|", a caller that divides
+        the sums of a step's F forwards (all ranks and accumulation steps) by the step's number of labels n
+        passes l1_scale = n / F.
         """
         order = by_length(cu_seqlens, seq_lens)
         if order is not None:  # a sum of losses does not depend on the order of documents
@@ -77,7 +81,7 @@ class GPT(nn.Module):
             label_smoothing=self.label_smoothing if self.training else 0.0,
         )
         if self.training and self.l1:
-            assert l1_scale > 0, "the caller of a model with l1 must say how much of it belongs to this forward"
+            assert l1_scale is not None, "with l1, the caller must say how much of it belongs to this forward"
             penalty = l1_penalty(self) * (self.l1 * l1_scale)
             loss_sum = loss_sum + (penalty - penalty.detach())
         return loss_sum, (labels != -100).sum()
@@ -92,7 +96,7 @@ class GPT(nn.Module):
         token_keys: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Features [T, C] after the last norm; arguments as in `forward`. With a cache, its keys and values are extended."""
+        """Features [T, C] behind the norm; arguments as in `forward`. A cache takes in keys and values."""
         config = self.config
         words = None
         if self.training and config.dropout:
@@ -104,28 +108,31 @@ class GPT(nn.Module):
         x = self._embed(input_ids, position_ids)
         if words is not None:
             x = dropout(x, config.dropout, words, site=0)
-        return self.norm(run_blocks(self.layers, x, packed, self.recompute))
+        out: Tensor = self.norm(run_blocks(self.layers, x, packed, self.recompute))
+        return out
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        x = self.embed_tokens(input_ids)  # [T, C]
+        x: Tensor = self.embed_tokens(input_ids)  # [T, C]
         if self.embed_positions is not None:
-            return x + self.embed_positions(position_ids)
-        if self.config.positions == "sinusoidal":  # tokens scaled to the sinusoids' size: Vaswani et al. 2017, section 3.4
-            return x * math.sqrt(x.shape[-1]) + sinusoids(position_ids, x.shape[-1]).to(x.dtype)
+            x = x + self.embed_positions(position_ids)
+        elif self.config.positions == "sinusoidal":
+            # tokens scaled to the sinusoids' size, as in Vaswani et al. 2017, section 3.4
+            x = x * math.sqrt(x.shape[-1]) + sinusoids(position_ids, x.shape[-1]).to(x.dtype)
         return x
 
     def project(self, x: Tensor) -> Tensor:
         """Logits [T, V] of features [T, C]; the padded columns are cut off."""
-        logits = self.embed_tokens(x, project=True) if self.lm_head is None else self.lm_head(x)  # [T, Vp]
-        return logits[:, : self.vocab_size]
+        logits: Tensor = self.embed_tokens(x, project=True) if self.lm_head is None else self.lm_head(x)
+        return logits[:, : self.vocab_size]  # [T, Vp] -> [T, V]
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, seq_lens: tuple[int, ...]) -> Tensor:
+    def logits(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, seq_lens: tuple[int, ...]
+    ) -> Tensor:
         """Logits [T, V] of the next token after each token; arguments as in `forward`."""
         return self.project(self.hidden(input_ids, position_ids, cu_seqlens, seq_lens))
 
     def new_cache(self, rows: int, slots: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Empty keys and values for `rows` sequences of up to `slots` tokens, a pair of [rows, slots, K, D] a block."""
-        weight = self.embed_tokens.weight
+        """Empty keys and values [B, S, K, D] of each block: B = rows sequences of S = slots tokens."""
         shape = (rows, slots, self.config.kv_heads, self.config.head_size)
-        k, v = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self.layers] for _ in "kv")
-        return k, v
+        k = [self.embed_tokens.weight.new_zeros(shape) for _ in self.layers]
+        return k, [torch.zeros_like(keys) for keys in k]

@@ -1,11 +1,12 @@
 """Random numbers as a pure function of named keys: no generator is read or advanced.
 
-Every value depends on (seed, what it is for, its own index) alone, so it is the same on any device, for any split of the
-batch over ranks and accumulation steps, when activations are recomputed, and after a resume. "Counter-based" generators
-are described in Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the mixers used here are
-  mix64: the finaliser of SplitMix64 (Steele, Lea, Flood 2014); number i of stream k is mix64(k + i * golden ratio), as there,
-  mix32: the finaliser of MurmurHash3 (Appleby 2011), half the memory traffic where a value per feature is needed.
-Both are bijections made of shifts, exclusive ors and wrapping multiplications, which torch's signed integers compute exactly.
+Every value depends on (seed, what it is for, its own index) alone, so it is the same on any device, for any
+split of the batch over ranks and accumulation steps, when activations are recomputed, and after a resume.
+"Counter-based" generators are described in Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+
+mix64 is the finaliser of SplitMix64 (Steele, Lea, Flood 2014); number i of stream k is mix64(k + i * gamma),
+as there. mix32 is the finaliser of MurmurHash3 (Appleby 2011): half the memory traffic where every feature
+needs bits. Both are shifts, exclusive ors and wrapping products, which torch's signed integers do exactly.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ def uniform(keys: Tensor) -> Tensor:
 
 
 def normal(key: int, count: int) -> Tensor:
-    """`count` standard normal numbers, fp32 on the CPU; number i depends on (key, i) alone (Box and Muller 1958).
+    """`count` standard normal numbers, fp32 on the CPU; number i depends on (key, i) alone.
 
-    Computed in fp64 and rounded once, so that vector and scalar code paths give the same fp32 number.
+    By Box and Muller 1958, computed in fp64 and rounded once, so that vector and scalar code paths give the
+    same fp32 number.
     """
     out = torch.empty(count, dtype=torch.float32)
     for start in range(0, count, _CHUNK):
@@ -79,11 +81,12 @@ def token_words(token_keys: Tensor, key: int) -> Tensor:
 
 
 def dropout(x: Tensor, probability: float, words: Tensor, site: int) -> Tensor:
-    """Zeroes each feature of `x` [T, C] with `probability` and scales the rest so that the mean stays (Srivastava et al. 2014).
+    """Zeroes each feature of `x` [T, C] with `probability`, scales the rest (Srivastava et al. 2014).
 
-    The decision on feature c of token t is a hash of (words[t], site, c), `words` being `token_words` of the tokens and
-    `site` the number of the place in the model. One 32-bit hash serves two features; the probability is therefore rounded
-    to a multiple of 2^-16, and the scale is the rounded one's, so the mean is exact.
+    The decision on feature c of token t is a hash of (words[t], site, c), `words` being `token_words` of the
+    tokens and `site` the number of the place in the model. One 32-bit hash serves two features; the
+    probability is therefore rounded to a multiple of 2^-16, and the scale is the rounded one's, so the mean
+    is exact.
     """
     cut = min(round(probability * 65536), 65535)
     if cut == 0:

@@ -1,4 +1,4 @@
-"""The trunk of every family: pre-norm blocks over packed tokens, and how their activations are kept or recomputed.
+"""The trunk of every family: pre-norm blocks over packed tokens, recomputation, initial weights.
 
 T tokens, C features, H query heads, K key/value heads, D head size, L blocks.
 """
@@ -28,8 +28,9 @@ Recompute = Literal["none", "full", "selective"] | int
 class Cache:
     """Keys and values of the tokens read so far, for decoding: k and v of each block [B, S, K, D].
 
-    The tokens of a forward go to (row, slot). `lengths` is None while prompts are read (their tokens attend to each other
-    alone); afterwards it holds the filled slots of each row, [B] int64, the newest token included.
+    The tokens of a forward go to (row, slot). `lengths` is None while prompts are read (their tokens attend
+    to each other alone); afterwards it holds the filled slots of each row, [B] int64, the newest token
+    included.
     """
 
     k: list[Tensor]
@@ -57,7 +58,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelSection, index: int) -> None:
         super().__init__()
         self.index = index
-        self.heads, self.kv_heads, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
+        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
+        self.head_size = config.head_size
         width = self.heads * self.head_size
         self.qkv = Linear(config.hidden_size, width + 2 * self.kv_heads * self.head_size, config.bias)
         self.out = Linear(width, config.hidden_size, config.bias)
@@ -69,7 +71,8 @@ class Attention(nn.Module):
             q, k = rotate(qk, *packed.angles).split([self.heads, self.kv_heads], dim=1)
         else:
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return self.out(self._attend(q, k, v, packed).flatten(1))
+        out: Tensor = self.out(self._attend(q, k, v, packed).flatten(1))
+        return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
         cache = packed.cache
@@ -79,7 +82,8 @@ class Attention(nn.Module):
             if cache.lengths is not None:  # one token a row
                 keys, values = cache.k[self.index], cache.v[self.index]
                 return cached_attention(q[:, None], keys, values, lengths=cache.lengths)[:, 0]
-        return attention(q, k, v, cu_seqlens=packed.cu_seqlens, seq_lens=packed.seq_lens, causal=packed.causal)
+        cu_seqlens, seq_lens = packed.cu_seqlens, packed.seq_lens
+        return attention(q, k, v, cu_seqlens=cu_seqlens, seq_lens=seq_lens, causal=packed.causal)
 
 
 class Block(nn.Module):
@@ -110,10 +114,11 @@ def make_norm(config: ModelSection) -> LayerNorm | RMSNorm:
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, packed: Packed, recompute: Recompute) -> Tensor:
-    """Passes `x` [T, C] through the blocks. `recompute` decides which activations are kept for the backward pass:
+    """Passes `x` [T, C] through the blocks. `recompute` says what is kept for the backward pass.
 
-    none: all; full: the blocks' inputs (Chen et al. 2016); n: the inputs only in every n-th block, all in the others;
-    selective: inputs, matrix products and attention outputs. No value changes: nothing here draws random numbers.
+    none: everything; full: the blocks' inputs (Chen et al. 2016); n: inputs alone in every n-th block, the
+    first among them, everything in the others; selective: inputs, matrix products and attention outputs. No
+    value changes: nothing here draws random numbers.
     """
     for index, block in enumerate(blocks):
         x = _wrapped(block, index, recompute)(x, packed)
@@ -123,14 +128,10 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, packed: Packed, recompute: Reco
 def _wrapped(block: nn.Module, index: int, recompute: Recompute) -> Callable[..., Any]:
     if recompute == "none" or (isinstance(recompute, int) and index % recompute):
         return block
-    keep_products = partial(create_selective_checkpoint_contexts, _keep_products)
-    return partial(
-        checkpoint,
-        block,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        **({"context_fn": keep_products} if recompute == "selective" else {}),
-    )
+    recomputed = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+    if recompute != "selective":
+        return recomputed
+    return partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
 
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")
@@ -144,10 +145,11 @@ def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelSection, seed: int) -> Tensor:
-    """The initial weight of parameter `name`, fp32 on the CPU: a function of seed, name and position in the matrix alone.
+    """The initial weight of parameter `name`, fp32 on the CPU: a function of seed, name and place alone.
 
-    Matrices are normal with init_std; those that end a residual branch with init_std / sqrt(2 L) (Radford et al. 2019);
-    biases are 0, norm weights 1. A longer matrix begins with the shorter one's rows: padding the vocabulary moves nothing.
+    Matrices are normal with init_std; those that end a residual branch with init_std / sqrt(2 L) (Radford et
+    al. 2019); biases are 0, norm weights 1. A longer matrix begins with the shorter one's rows: padding the
+    vocabulary moves nothing.
     """
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
@@ -161,8 +163,8 @@ def init_weights(
 ) -> None:
     """Fills the parameters of a family's module one by one with `initial_value` (model.config, model.seed).
 
-    `gather(parameter)` is a context in which the whole parameter is present and may be written. Rows that pad the
-    vocabulary are zero: they get no gradient, so they stay so.
+    `gather(parameter)` is a context in which the whole parameter is present and may be written. Rows that pad
+    the vocabulary are zero: they get no gradient, so they stay so.
     """
     config, seed, vocab_size = model.config, model.seed, model.vocab_size
     for name, parameter in model.named_parameters():

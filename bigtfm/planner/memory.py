@@ -6,7 +6,7 @@ from bigtfm.config.run import ModelSection
 
 
 def count_parameters(model: ModelSection, vocab_size: int) -> int:
-    """Parameters of the model, all of them: embeddings with their padding rows, biases and norms; a tied matrix once."""
+    """All parameters: embeddings with their padding rows, matrices, biases, norms; a tied matrix once."""
     hidden, bias = model.hidden_size, int(model.bias)
     rows = model.padded_vocab_size(vocab_size)
     norm = hidden * (1 + (bias if model.norm == "layernorm" else 0))
@@ -17,7 +17,7 @@ def count_parameters(model: ModelSection, vocab_size: int) -> int:
 
 
 def block_matrices(model: ModelSection) -> list[tuple[int, int]]:
-    """(in, out) features of each matrix of one block: qkv, attention output, feed-forward up (and gate), down."""
+    """(in, out) features of each matrix of a block: qkv, attention output, up (and gate), down."""
     hidden, width = model.hidden_size, model.num_attention_heads * model.head_size
     up = model.ffn_size * (2 if model.activation == "swiglu" else 1)
     qkv = width + 2 * model.kv_heads * model.head_size

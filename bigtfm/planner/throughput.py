@@ -11,17 +11,19 @@ from bigtfm.planner.memory import block_matrices
 
 
 def flops_per_token(model: ModelSection, vocab_size: int, seq_len: int) -> int:
-    """Model FLOPs of one trained token, forward and backward: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
+    """FLOPs of one trained token, forward and backward: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
-    N: weights of the matrix products, that is of the L blocks and of the output layer over the real vocabulary (tied or
-    not); embeddings look up and count nothing, as do biases, norms and activations. Each takes 2 operations forward and 4
-    backward. d: query heads x head size; T: seq_len. The attention term counts every pair of positions, as is the
-    convention (nanoGPT, Megatron, PaLM), although a causal kernel computes about half of them and packed documents fewer.
-    Recomputation of activations is work, not progress: it is left out, so the MFU falls when it is on.
+    N: weights of the matrix products, that is of the L blocks and of the output layer over the real
+    vocabulary (tied or not); embeddings look up and count nothing, as do biases, norms and activations. Each
+    takes 2 operations forward and 4 backward. d: query heads x head size; T: seq_len. The attention term
+    counts every pair of positions, as is the convention (nanoGPT, Megatron, PaLM), although a causal kernel
+    computes about half of them and packed documents fewer. Recomputation of activations is work, not
+    progress: it is left out, so the MFU falls when it is on.
     """
-    products = model.num_layers * sum(in_ * out for in_, out in block_matrices(model)) + vocab_size * model.hidden_size
+    block = sum(in_ * out for in_, out in block_matrices(model))
+    weights = model.num_layers * block + vocab_size * model.hidden_size
     width = model.num_attention_heads * model.head_size
-    return 6 * products + 12 * model.num_layers * width * seq_len
+    return 6 * weights + 12 * model.num_layers * width * seq_len
 
 
 class Peak(NamedTuple):
@@ -31,9 +33,9 @@ class Peak(NamedTuple):
     source: str  # "data sheet: ..." or "measured: ..."
 
 
-# Dense peaks from NVIDIA's data sheets and white papers in TFLOP/s: pattern of the device's name, (bf16, fp16, fp32).
-# Matrix products with fp32 accumulation; no sparsity; fp32 without TF32, torch's default; None: no such unit. The first
-# match counts.
+# Dense peaks of matrix products from NVIDIA's data sheets and white papers, in TFLOP/s: pattern of the
+# device's name, (bf16, fp16, fp32). Accumulated in fp32; no sparsity; fp32 without TF32, torch's default;
+# None: no such unit. The first match counts.
 _DATA_SHEETS: tuple[tuple[str, tuple[float | None, float | None, float]], ...] = (
     (r"GB200", (2500, 2500, 80)),
     (r"B200", (2250, 2250, 75)),
@@ -65,8 +67,8 @@ _COLUMN = {"bf16": 0, "fp16": 1, "fp32": 2}
 def peak_flops(device: str, precision: str) -> Peak | None:
     """The peak of one device in `precision` (fp32, bf16, fp16); None where it is not known.
 
-    device: "cpu", or the GPU's name as torch.cuda.get_device_name() gives it. A GPU's peak is its data sheet's; a CPU has
-    none, so a matrix product is measured on this process's threads (under 0.2 s).
+    device: "cpu", or the GPU's name as torch.cuda.get_device_name() gives it. A GPU's peak is its data
+    sheet's; a CPU has none, so a matrix product is measured on this process's threads (under 0.2 s).
     """
     if device == "cpu":
         return _measure_cpu(precision)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bigtfm.planner.memory import count_parameters
 
 from bigtfm.check import render, resolve
 from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import RunConfig, load_run_config
+from bigtfm.planner.memory import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -88,7 +88,11 @@ def test_presets_of_one_precision_are_one_recipe() -> None:
     recipes: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for preset in PRESETS:
         deepspeed = load_deepspeed_json(preset)
-        recipe = {key: deepspeed.values[key] for key in deepspeed.values if key not in ("zero_optimization", "bf16", "fp16")}
+        recipe = {
+            key: deepspeed.values[key]
+            for key in deepspeed.values
+            if key not in ("zero_optimization", "bf16", "fp16")
+        }
         recipes[deepspeed.precision == "fp32"].append(recipe)
     for recipe in recipes.values():
         assert all(other == recipe[0] for other in recipe)
@@ -124,7 +128,8 @@ def test_headers_say_what_to_expect(config: Path) -> None:
     for word in ("Expect", "Hardware", "Tokens", "DeepSpeed", "not yet run here"):
         assert word in header
     named = [part.rstrip(":,;") for part in header.split() if part.startswith("ds_configs/")]
-    assert named and all((ROOT / path).is_file() for path in named if "*" not in path)
+    assert named
+    assert all((ROOT / path).is_file() for path in named if "*" not in path)
 
 
 def test_steps_stop_earlier_never_later() -> None:
@@ -176,7 +181,8 @@ def test_files_that_do_not_fit_together(
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigProblem) as caught:
         resolve(load_run_config(None, overrides), load_deepspeed_json(path), 2, Dataset())  # type: ignore[arg-type]
-    assert fragment in caught.value.line and "\n" not in caught.value.line
+    assert fragment in caught.value.line
+    assert "\n" not in caught.value.line
 
 
 def test_too_little_text() -> None:
@@ -192,7 +198,12 @@ def test_the_table_shows_the_truths() -> None:
     console = Console(width=120, record=True, file=StringIO())
     console.print(render(resolve(load_run_config(None), deepspeed, 2, Dataset())))  # type: ignore[arg-type]
     shown = console.export_text()
-    for truth in ("16 sequences = 4 micro batch x 2 accumulation x 2 ranks", "2,048 = 16 x 128", "lr 0.002", "300"):
+    for truth in (
+        "16 sequences = 4 micro batch x 2 accumulation x 2 ranks",
+        "2,048 = 16 x 128",
+        "lr 0.002",
+        "300",
+    ):
         assert truth in shown
 
 

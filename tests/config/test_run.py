@@ -91,12 +91,11 @@ def test_one_line_a_mistake_on_the_command_line(override: str, fragments: list[s
 
 
 def test_a_mistake_is_placed_where_it_was_made(toml: Path) -> None:
+    with pytest.raises(ConfigProblem, match=r"error: command line: run\.steps"):
+        load_run_config(toml, ["steps=0"])
+    toml.write_text("[run]\nstep = 5\n")
     with pytest.raises(ConfigProblem, match=r"run\.toml: unknown key 'run\.step'"):
-        toml_with = toml.with_name("run.toml")
-        toml_with.write_text("[run]\nstep = 5\n")
-        load_run_config(toml_with)
-    with pytest.raises(ConfigProblem, match="error: command line: run.steps"):
-        load_run_config(None, ["steps=0"])
+        load_run_config(toml)
 
 
 def test_several_mistakes_are_counted_by_key(tmp_path: Path) -> None:
@@ -110,12 +109,18 @@ def test_several_mistakes_are_counted_by_key(tmp_path: Path) -> None:
 def test_every_field_says_what_it_is() -> None:
     for table, section in RunConfig.model_fields.items():
         for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
-            assert field.description and len(field.description) > 10, f"{table}.{name}"
+            assert len(field.description or "") > 10, f"{table}.{name}"
 
 
 def test_no_truth_is_stated_twice() -> None:
     stated = {path.rpartition(".")[2] for path in paths(schema({}))}
-    stated |= {name for table in (*OPTIMIZERS.values(), *SCHEDULERS.values()) for name in table}
+    own = (
+        "InverseSquareRoot",
+        "WSD",
+        "ReduceOnPlateau",
+    )  # ReduceOnPlateau's patience is not early stopping's
+    schedulers = [table for kind, table in SCHEDULERS.items() if kind not in own]
+    stated |= {name for table in (*OPTIMIZERS.values(), *schedulers) for name in table}
     mine = {
         name
         for section in RunConfig.model_fields.values()

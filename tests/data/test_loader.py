@@ -29,8 +29,11 @@ class MemorySplit:
     def read(self, start, stop):
         return self.tokens[start:stop]
 
-    def document_starts(self, start, stop):
-        return self.starts[np.searchsorted(self.starts, start) : np.searchsorted(self.starts, stop)]
+    def documents_before(self, positions):
+        return np.searchsorted(self.starts, positions)
+
+    def document_positions(self, documents):
+        return self.starts[documents]
 
 
 def oracle(split, window, seq_len, sample):

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,7 @@ from bigtfm.data.units import document_hash
 
 WORDS = "we the people of this great union shall in congress assembled speak with one voice tonight".split()
 KIB = 1024
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def text(size, seed=0, paragraph=300):
@@ -59,7 +62,7 @@ def documents(out, *splits):
         split = dataset.split(name)
         starts = [*split.document_starts(0, split.num_tokens).tolist(), split.num_tokens]
         assert len(starts) == split.num_documents + 1
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in pairwise(starts):
             ids = split.read(a, b)
             assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
             assert not np.isin(ids[1:-1], [tokenizer.bos_id, tokenizer.eos_id]).any()
@@ -191,10 +194,10 @@ def test_hugging_face_data_sets(tmp_path, model):
     rows.select([5]).to_parquet(tmp_path / "loader" / "test-0.parquet")
     loader = f"hf:{tmp_path / 'loader'}"
     options = {"tokenizer": model, "validation_fraction": 0, "unit_bytes": KIB, "workers": 1}
-    for number, given in enumerate(
+    for number, name in enumerate(
         [str(tmp_path / "saved"), str(tmp_path / "splits"), loader, f"{loader}:train"]
     ):
-        prepare([given], tmp_path / str(number), **options)
+        prepare([name], tmp_path / str(number), **options)
         assert documents(tmp_path / str(number)) == expected
     prepare([f"{loader}:test"], tmp_path / "test", **options)
     assert documents(tmp_path / "test") == expected[5:6]
@@ -217,11 +220,25 @@ except Problem as problem:
     sys.exit(problem.exit_code)
 """
     pytest.importorskip("datasets")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 65, done.stderr
     assert re.fullmatch(r"error: hf:nobody/nothing: datasets can't load it: .*\. Fix: .*\n", done.stdout)
+
+
+def test_a_vocabulary_beyond_uint16(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"</s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 70_000)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    source = write_rows(tmp_path / "a.jsonl", ["w2 w69999 w65536", "w3"])
+    prepare([str(source)], tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", validation_fraction=0)
+    dataset = TokenDataset.open(tmp_path / "out")
+    split = dataset.split("train")
+    assert (dataset.header.dtype, dataset.vocab_size, split.header.max_id) == ("uint32", 70_000, 69_999)
+    assert split.read(0, split.num_tokens).tolist() == [0, 2, 69999, 65536, 0, 0, 3, 0]
 
 
 # .txt files
@@ -373,10 +390,27 @@ def test_any_number_of_workers(tmp_path):
 
 SCRIPT = """
 import sys
+from bigtfm.config.problems import Problem
 from bigtfm.data.prepare import prepare
 if __name__ == "__main__":
-    prepare([sys.argv[1]], sys.argv[2], workers=2, unit_bytes=131072, vocab_size=400)
+    try:
+        prepare([sys.argv[1]], sys.argv[2], workers=2, unit_bytes=131072, vocab_size=400)
+    except Problem as problem:
+        sys.exit(problem.line)
 """
+
+
+def start(source, out, **options):
+    """The script at work on `source`, leading a session of its own."""
+    script = out.with_suffix(".py")
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(source), str(out)]
+    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
+
+
+def wait_for_units(process, out, number):
+    while len(list(out.glob(".prepare/units/*/record.json"))) < number and process.poll() is None:
+        time.sleep(0.01)
 
 
 def test_killed_and_continued(tmp_path):
@@ -384,24 +418,18 @@ def test_killed_and_continued(tmp_path):
     source.write_bytes(text(6 << 20))
     options = {"unit_bytes": 128 * KIB, "vocab_size": 400}
     prepare([str(source)], tmp_path / "whole", workers=2, **options)
-    (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "killed"
     finished = out / ".prepare" / "units"
     for wanted in (2, 10):  # twice: a continued run is killed as well
-        command = [sys.executable, str(tmp_path / "script.py"), str(source), str(out)]
-        process = subprocess.Popen(command, start_new_session=True, cwd=Path(__file__).parents[2])
-        while len(list(finished.glob("*/record.json"))) < wanted and process.poll() is None:
-            time.sleep(0.01)
+        process = start(source, out)
+        wait_for_units(process, out, wanted)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL  # it was still at work
         deadline = time.monotonic() + 10
-        while session_is_alive(process.pid) and time.monotonic() < deadline:
+        while session(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not session_is_alive(process.pid)  # no worker outlives it
+        assert not session(process.pid)  # no worker outlives it
     problem(lambda: TokenDataset.open(out), "no finished data set")
-    problem(
-        lambda: prepare([str(source)], out, vocab_size=401), "another command", "vocab", "--force"
-    ) if False else None
     kept = {
         path: path.stat().st_mtime_ns
         for path in finished.glob("[0-9]*/record.json")
@@ -425,20 +453,23 @@ def test_killed_and_continued(tmp_path):
     assert not (out / ".prepare").exists()
 
 
-def session_is_alive(session):
-    """Whether a process of the session runs."""
+def session(leader):
+    """The processes that run in the session of `leader`."""
+    found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with suppress(OSError):
             fields = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[3] == str(session) and fields[0] != "Z":
-            return True
-    return False
+            if fields[3] == str(leader) and fields[0] != "Z":
+                found.append(int(status.parent.name))
+    return found
+
+
+def command_line(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_killed_while_it_is_put_in_place(tmp_path, model, monkeypatch):
-    """At every rename and every synced write of the last step: not there, then continued to the same bytes."""
+    """At every rename and sync of the last step: not there, then continued to the same bytes."""
     source = write_rows(tmp_path / "a.jsonl")
     options = {"tokenizer": model}
     prepare([str(source)], tmp_path / "whole", **options)
@@ -539,23 +570,12 @@ def test_one_at_a_time(tmp_path, model):
 def test_a_killed_worker_is_noticed(tmp_path):
     source = tmp_path / "a.txt"
     source.write_bytes(text(4 << 20))
-    script = tmp_path / "script.py"
-    caught = "except Problem as problem:\n        sys.exit(problem.line)"
-    script.write_text(
-        SCRIPT.replace("    prepare(", "  try:\n    prepare(").replace(
-            "import sys\n", "import sys\nfrom bigtfm.config.problems import Problem\n"
-        )
-        + f"  {caught}\n"
-    )
-    out = tmp_path / "out"
-    command = [sys.executable, str(script), str(source), str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-    while not list((out / ".prepare" / "units").glob("*/record.json")) and process.poll() is None:
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(workers[0]), signal.SIGKILL)
-    _, error = process.communicate(timeout=60)
+    with start(source, tmp_path / "out", stderr=subprocess.PIPE, text=True) as process:
+        wait_for_units(process, tmp_path / "out", 1)
+        workers = [pid for pid in session(process.pid) if b"spawn_main" in command_line(pid)]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert error.startswith("error: ")
     assert "a worker was killed" in error
@@ -574,20 +594,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 def peak_memory(source, out, model):
     command = [sys.executable, "-c", MEMORY, str(source), str(out), str(model)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # MiB
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
+    )  # MiB
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(tmp_path, model):
-    """One unit of 40 MB on a single line, plain and compressed."""
+    """One unit of 24 MB on a single line, plain and compressed."""
     line = text(1 << 20).replace(b"\n", b" ")
     (tmp_path / "small.txt").write_bytes(line)
-    (tmp_path / "large.txt").write_bytes(line * 40)
-    (tmp_path / "large.txt.gz").write_bytes(gzip.compress(line * 16, 1))
+    (tmp_path / "large.txt").write_bytes(line * 24)
+    (tmp_path / "large.txt.gz").write_bytes(gzip.compress(line * 12, 1))
     small = peak_memory(tmp_path / "small.txt", tmp_path / "1", model)
-    assert peak_memory(tmp_path / "large.txt", tmp_path / "2", model) < small + 24
-    assert peak_memory(tmp_path / "large.txt.gz", tmp_path / "3", model) < small + 24
-    assert TokenDataset.open(tmp_path / "2").split("train").num_bytes > 35 << 20
+    assert peak_memory(tmp_path / "large.txt", tmp_path / "2", model) < small + 12
+    assert peak_memory(tmp_path / "large.txt.gz", tmp_path / "3", model) < small + 12
+    assert TokenDataset.open(tmp_path / "2").split("train").num_bytes > 20 << 20
 
 
 # Mistakes, one line each

@@ -64,7 +64,9 @@ def test_reference_is_softmax_of_scaled_scores():
     v = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
     out = attention_reference(q, q, v, cu_seqlens=torch.tensor([0, 2]), seq_lens=(2,), causal=True)
     weight = 1 / (1 + torch.exp(torch.tensor((2 - 4) / 2**0.5, dtype=torch.float64)))  # of key 1 for query 1
-    torch.testing.assert_close(out[:, 0], torch.tensor([[1.0, 0.0], [1 - weight, weight]], dtype=torch.float64))
+    torch.testing.assert_close(
+        out[:, 0], torch.tensor([[1.0, 0.0], [1 - weight, weight]], dtype=torch.float64)
+    )
 
 
 def test_by_length_moves_whole_documents():
@@ -90,7 +92,9 @@ def test_by_length_moves_whole_documents():
 def test_cached_attention_is_the_end_of_full_attention(lengths, queries, group, seed):
     q, k, v, where = packed(lengths, 2 * group, 2, 8, seed)
     full = attention_reference(q, k, v, causal=True, **where).split(lengths)
-    rows = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True, padding_value=1e4) for x in (k, v)]
+    rows = [
+        torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True, padding_value=1e4) for x in (k, v)
+    ]
     last = torch.stack([x[-queries:] for x in q.split(lengths)])
     out = cached_attention(last, *rows, lengths=torch.tensor(lengths))
     torch.testing.assert_close(out, torch.stack([x[-queries:] for x in full]), atol=1e-5, rtol=1e-5)

@@ -64,7 +64,9 @@ def gradients(model, *batches, **kwargs):
 def assert_same(one, other, **tolerance):
     assert one[0] == pytest.approx(other[0], abs=1e-4, rel=1e-6)
     for name, gradient in one[1].items():
-        torch.testing.assert_close(gradient, other[1][name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            gradient, other[1][name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 COMBINATIONS = list(
@@ -101,7 +103,9 @@ def test_every_combination_trains(positions, norm, activation, kv_heads, flag):
 
 
 def test_parameter_names_are_the_fields():
-    names = [name for name, _ in make(num_layers=1, tied_embeddings=False, positions="learned").named_parameters()]
+    names = [
+        name for name, _ in make(num_layers=1, tied_embeddings=False, positions="learned").named_parameters()
+    ]
     assert names == [
         "embed_tokens.weight",
         "embed_positions.weight",
@@ -131,14 +135,20 @@ def test_dropout_does_not_depend_on_packing_or_split():
     shuffled = [list(documents(inputs))[i] for i in (2, 0, 1)]
     whole = model(**inputs)[0].item()
     assert sum(model(**one)[0].item() for one in shuffled) == pytest.approx(whole, rel=1e-6)
-    assert model(**batch((4, 7, 4), first_key=100))[0].item() != pytest.approx(whole, rel=1e-3)  # other samples
-    assert make(dropout=0.5).eval()(**inputs)[0].item() == pytest.approx(make().eval()(**inputs)[0].item(), rel=1e-6)
+    assert model(**batch((4, 7, 4), first_key=100))[0].item() != pytest.approx(
+        whole, rel=1e-3
+    )  # other samples
+    assert make(dropout=0.5).eval()(**inputs)[0].item() == pytest.approx(
+        make().eval()(**inputs)[0].item(), rel=1e-6
+    )
 
 
 def test_documents_do_not_leak():
     model = make().eval()
     captured = []
-    model.embed_tokens.register_forward_hook(lambda _, args, out: captured.append(out) if len(args) == 1 else None)
+    model.embed_tokens.register_forward_hook(
+        lambda _, args, out: captured.append(out) if len(args) == 1 else None
+    )
     inputs = batch((5, 6, 5))
     x = model.hidden(*(inputs[name] for name in ("input_ids", "position_ids", "cu_seqlens", "seq_lens")))
     x[5:11].square().sum().backward(inputs=captured)
@@ -147,11 +157,17 @@ def test_documents_do_not_leak():
 
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:5] = (changed["input_ids"][:5] + 1) % VOCAB
-    before, after = (model.logits(b["input_ids"], b["position_ids"], b["cu_seqlens"], b["seq_lens"]) for b in (inputs, changed))
+    before, after = (
+        model.logits(b["input_ids"], b["position_ids"], b["cu_seqlens"], b["seq_lens"])
+        for b in (inputs, changed)
+    )
     assert torch.equal(before[5:], after[5:])
     assert not torch.equal(before[:5], after[:5])
 
-    one = {"cu_seqlens": torch.tensor([0, 16]), "seq_lens": (16,)}  # negative control: the same tokens as one document
+    one = {
+        "cu_seqlens": torch.tensor([0, 16]),
+        "seq_lens": (16,),
+    }  # negative control: the same tokens as one document
     joined = [model.logits(b["input_ids"], b["position_ids"], **one) for b in (inputs, changed)]
     assert not torch.equal(joined[0][5:], joined[1][5:])
 
@@ -182,7 +198,11 @@ def test_recompute_runs_what_it_promises(monkeypatch):
         model = make(recompute=recompute, activation="swiglu", norm="layernorm")
         with Count():
             model(**batch((8, 8)))[0].backward()
-        return counts["aten::mm"], counts["aten::silu"], counts["aten::_scaled_dot_product_flash_attention_for_cpu"]
+        return (
+            counts["aten::mm"],
+            counts["aten::silu"],
+            counts["aten::_scaled_dot_product_flash_attention_for_cpu"],
+        )
 
     layers = 3
     products = layers * 4 + 1  # of one forward; twice as many in the backward pass
@@ -190,7 +210,9 @@ def test_recompute_runs_what_it_promises(monkeypatch):
     assert run("selective") == (3 * products, 2 * layers, layers)  # nothing but the cheap operations again
     mm, silu, attention = run("full")
     assert (silu, attention) == (2 * layers, 2 * layers)
-    assert 3 * products + 3 * layers <= mm <= 3 * products + 4 * layers  # a block's last product may be spared
+    assert (
+        3 * products + 3 * layers <= mm <= 3 * products + 4 * layers
+    )  # a block's last product may be spared
     assert run(2)[1:] == (layers + 2, layers + 2)  # blocks 0 and 2
 
 
@@ -216,7 +238,9 @@ def test_initial_weights_are_a_function_of_seed_and_name():
         assert torch.equal(parameter, same[name])
         if parameter.dim() == 2:
             assert not torch.equal(parameter, other[name])
-            assert torch.equal(parameter[:VOCAB], initial_value(name, tuple(parameter.shape), config, 0)[:VOCAB])
+            assert torch.equal(
+                parameter[:VOCAB], initial_value(name, tuple(parameter.shape), config, 0)[:VOCAB]
+            )
     deeper = dict(make(num_layers=5).named_parameters())
     assert torch.equal(deeper["layers.1.attention.qkv.weight"], one["layers.1.attention.qkv.weight"])
     assert not torch.equal(one["layers.0.attention.qkv.weight"], one["layers.1.attention.qkv.weight"])
@@ -251,12 +275,16 @@ def test_init_weights_gathers_each_parameter_by_itself():
 def test_loss_is_torchs_cross_entropy(smoothing):
     model = make(label_smoothing=smoothing)
     inputs = batch((6, 3, 6))
-    logits = model.logits(inputs["input_ids"], inputs["position_ids"], inputs["cu_seqlens"], inputs["seq_lens"])
+    logits = model.logits(
+        inputs["input_ids"], inputs["position_ids"], inputs["cu_seqlens"], inputs["seq_lens"]
+    )
     assert logits.shape == (15, VOCAB)
     expected = F.cross_entropy(logits, inputs["labels"], reduction="sum", label_smoothing=smoothing)
     torch.testing.assert_close(model(**inputs)[0], expected)
     log_p = logits.log_softmax(-1)[inputs["labels"] != -100]
-    target = F.one_hot(inputs["labels"][inputs["labels"] != -100], VOCAB) * (1 - smoothing) + smoothing / VOCAB
+    target = (
+        F.one_hot(inputs["labels"][inputs["labels"] != -100], VOCAB) * (1 - smoothing) + smoothing / VOCAB
+    )
     torch.testing.assert_close(expected, -(target * log_p).sum())
     plain = F.cross_entropy(logits, inputs["labels"], reduction="sum")
     torch.testing.assert_close(model.eval()(**inputs)[0], plain)  # evaluation is never smoothed
@@ -281,7 +309,9 @@ def test_l1_gradient_is_exact_for_any_accumulation(tied):
     model = make(tied_embeddings=tied, l1=l1)
     for batches in ([inputs], list(documents(inputs))):
         loss, grads = gradients(model, *batches, l1_scale=n / len(batches))
-        assert loss == pytest.approx(gradients(make(tied_embeddings=tied), inputs)[0], rel=1e-6)  # value untouched
+        assert loss == pytest.approx(
+            gradients(make(tied_embeddings=tied), inputs)[0], rel=1e-6
+        )  # value untouched
         for name, weight in model.named_parameters():
             penalty = l1 * weight.detach().sign() if weight.dim() == 2 else torch.zeros_like(weight)
             torch.testing.assert_close(grads[name] / n, plain[name] / n + penalty, atol=1e-6, rtol=1e-5)
@@ -290,7 +320,9 @@ def test_l1_gradient_is_exact_for_any_accumulation(tied):
     model.eval()(**inputs)
 
 
-@pytest.mark.parametrize("shape", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}]
+)
 def test_overfits_one_batch(shape):
     model = make(hidden_size=32, **shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -323,7 +355,14 @@ def test_no_random_state_is_touched_by_a_step():
 def test_equals_gpt2_of_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=16, n_embd=16, n_layer=3, n_head=4, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+        vocab_size=VOCAB,
+        n_positions=16,
+        n_embd=16,
+        n_layer=3,
+        n_head=4,
+        attn_pdrop=0,
+        embd_pdrop=0,
+        resid_pdrop=0,
     )
     theirs = transformers.GPT2LMHeadModel(config).train()
     ours = make(vocab_multiple=1, positions="learned", norm="layernorm", activation="gelu", bias=True)
@@ -368,7 +407,9 @@ def test_equals_llama_of_transformers():
         state |= {
             f"layers.{i}.attention_norm.weight": layer.input_layernorm.weight,
             f"layers.{i}.mlp_norm.weight": layer.post_attention_layernorm.weight,
-            f"layers.{i}.attention.qkv.weight": torch.cat([p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)]),
+            f"layers.{i}.attention.qkv.weight": torch.cat(
+                [p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
+            ),
             f"layers.{i}.attention.out.weight": attn.o_proj.weight,
             f"layers.{i}.mlp.gate_up.weight": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
             f"layers.{i}.mlp.down.weight": mlp.down_proj.weight,
@@ -382,7 +423,9 @@ def assert_same_as_transformers(ours, theirs, their_embedding):
     inputs = batch((5, 16, 5))
     loss_sum, num_tokens = ours(**inputs)
     loss_sum.backward()
-    logits = ours.logits(inputs["input_ids"], inputs["position_ids"], inputs["cu_seqlens"], inputs["seq_lens"])
+    logits = ours.logits(
+        inputs["input_ids"], inputs["position_ids"], inputs["cu_seqlens"], inputs["seq_lens"]
+    )
     their_logits = torch.cat([theirs(one["input_ids"][None]).logits[0] for one in documents(inputs)])
     torch.testing.assert_close(logits, their_logits, atol=1e-5, rtol=1e-5)
     loss = F.cross_entropy(their_logits, inputs["labels"], reduction="sum")

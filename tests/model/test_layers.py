@@ -82,7 +82,9 @@ def test_sinusoids():
     table = sinusoids(torch.tensor([0, 3]), 5)
     assert table[0].tolist() == [0, 1, 0, 1, 0]
     w = 10000 ** (-2 / 5)
-    torch.testing.assert_close(table[1, :4], torch.tensor([math.sin(3), math.cos(3), math.sin(3 * w), math.cos(3 * w)]))
+    torch.testing.assert_close(
+        table[1, :4], torch.tensor([math.sin(3), math.cos(3), math.sin(3 * w), math.cos(3 * w)])
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -107,7 +109,9 @@ def test_embedding_reads_rows_and_projects_on_them():
 
 
 def test_l1_penalty_counts_matrices_alone_and_its_gradient_is_the_sign():
-    model = torch.nn.ModuleList([fill(Linear(3, 2, bias=True)), fill(Embedding(4, 3)), fill(RMSNorm(3, 1e-5))])
+    model = torch.nn.ModuleList(
+        [fill(Linear(3, 2, bias=True)), fill(Embedding(4, 3)), fill(RMSNorm(3, 1e-5))]
+    )
     penalty = l1_penalty(model)
     torch.testing.assert_close(penalty, model[0].weight.abs().sum() + model[1].weight.abs().sum())
     penalty.backward()

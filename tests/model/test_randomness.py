@@ -29,7 +29,9 @@ def test_mixers_equal_their_published_definitions():
         return h ^ (h >> 16)
 
     numbers = [0, 1, -1, 12345678901234567, -(2**63), 2**63 - 1]
-    assert [x % 2**64 for x in mix64(torch.tensor(numbers)).tolist()] == [splitmix64(x % 2**64) for x in numbers]
+    assert [x % 2**64 for x in mix64(torch.tensor(numbers)).tolist()] == [
+        splitmix64(x % 2**64) for x in numbers
+    ]
     small = [0, 1, -1, 123456789, -(2**31), 2**31 - 1]
     mixed = mix32(torch.tensor(small, dtype=torch.int32)).tolist()
     assert [x % 2**32 for x in mixed] == [fmix32(x % 2**32) for x in small]
@@ -48,12 +50,16 @@ def test_dropout_has_its_rate_and_no_correlations(p):
     assert z(keep[:, 2:] * keep[:, :-2]) < 4
     assert z(keep * kept(p, site=4)) < 4
     assert z(keep * kept(p, seed=1)) < 4
-    assert keep.mean(1).var().item() * FEATURES == pytest.approx(1, abs=0.12)  # tokens differ as chance has it
+    assert keep.mean(1).var().item() * FEATURES == pytest.approx(
+        1, abs=0.12
+    )  # tokens differ as chance has it
     assert keep.mean(0).var().item() * TOKENS == pytest.approx(1, abs=0.35)  # and so do features
 
 
 def test_statistics_would_notice_a_weak_hash():
-    words = torch.arange(TOKENS, dtype=torch.int32)  # negative control: unmixed token numbers, unmixed features
+    words = torch.arange(
+        TOKENS, dtype=torch.int32
+    )  # negative control: unmixed token numbers, unmixed features
     bits = ((words[:, None] + torch.arange(FEATURES, dtype=torch.int32)) % 10 != 0).double()
     keep = (bits - 0.9) / 0.3
     assert abs((keep[1:] * keep[:-1]).mean().item()) * math.sqrt(keep.numel()) > 4
