@@ -27,9 +27,12 @@ app = typer.Typer(
 RunConfigFile = Annotated[
     Path | None, typer.Option("--config", help="Run config (TOML). Default: the quickstart's values.")
 ]
-DeepSpeedFile = Annotated[Path, typer.Option("--deepspeed_config", help="DeepSpeed JSON, as DeepSpeed documents it.")]
+DeepSpeedFile = Annotated[
+    Path, typer.Option("--deepspeed_config", help="DeepSpeed JSON, as DeepSpeed documents it.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Run config values, e.g. run.steps=1000 (or steps=1000).")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Run config values, e.g. run.steps=1000 (or steps=1000)."),
 ]
 RunDirectory = Annotated[Path, typer.Option("--run", help="Run directory, e.g. runs/quickstart.")]
 
@@ -50,7 +53,12 @@ def one_line(run_dir: Path | None = None, *, speaks: bool = True) -> Iterator[No
 
 
 def _write_failure(run_dir: Path, problem: Problem) -> None:
-    content = {"exit_code": problem.exit_code, "what": problem.what, "where": problem.where, "fix": problem.fix}
+    content = {
+        "exit_code": problem.exit_code,
+        "what": problem.what,
+        "where": problem.where,
+        "fix": problem.fix,
+    }
     try:
         (run_dir / "failure.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError:
@@ -89,7 +97,9 @@ def check(
     deepspeed_config: DeepSpeedFile,
     config: RunConfigFile = None,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks (GPUs) that the job will have.")] = 1,
+    world_size: Annotated[
+        int, typer.Option(min=1, help="Number of ranks (GPUs) that the job will have.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check both files and the data set, and print what they come to, without training."""
@@ -119,10 +129,13 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data/quickstart"),
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A sentencepiece .model, a tokenizer.json or a tokenizer's folder. Default: train one on the input."),
+        typer.Option(
+            help="A sentencepiece .model, a tokenizer.json or a tokenizer's folder. Default: train one on the input."
+        ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Pieces of the tokenizer to train. Default: what suits the size of the text.")
+        int | None,
+        typer.Option(help="Pieces of the tokenizer to train. Default: what suits the size of the text."),
     ] = None,
     model_type: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe or unigram.")] = "bpe",
     text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
@@ -131,11 +144,15 @@ def prepare(
     ] = 0.05,
     document_bytes: Annotated[
         int | None,
-        typer.Option(help="Least size in bytes of the documents a .txt is cut into. Default: 1/100 of the text, 1 to 64 KiB."),
+        typer.Option(
+            help="Least size in bytes of the documents a .txt is cut into. Default: 1/100 of the text, 1 to 64 KiB."
+        ),
     ] = None,
     stdin_format: Annotated[str, typer.Option(help="What '-' is: txt, jsonl or csv.")] = "txt",
     workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a data set that another command made.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a data set that another command made.")
+    ] = False,
 ) -> None:
     """Turn text into a tokenised, memory-mapped data set. A killed command goes on where it was."""
     from bigtfm.data.prepare import prepare as run
@@ -160,11 +177,17 @@ def prepare(
 @app.command()
 def generate(
     run_dir: RunDirectory,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; may be given more than once.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text to go on from; may be given more than once.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; 1: the model's own distribution.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: greedy; 1: the model's own distribution.")
+    ] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
 ) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm import mlflow_mirror
-from bigtfm.job import Job
 from bigtfm.console import Console, Summary
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.evaluate import bits_per_byte, predicted_tokens
+from bigtfm.job import Job
 from bigtfm.mlflow_sender import read_json
 from bigtfm.planner.throughput import flops_per_token, peak_flops
 from bigtfm.tracking import MetricsLog, plot_curve, read_metrics
@@ -38,7 +38,11 @@ class Recorder:
                 uri=run.track.uri,
                 experiment=run.track.experiment,
                 name=run.run.name,
-                params={"run": run.model_dump(mode="json"), "deepspeed": job.deepspeed.values, "resolved": asdict(resolved)},
+                params={
+                    "run": run.model_dump(mode="json"),
+                    "deepspeed": job.deepspeed.values,
+                    "resolved": asdict(resolved),
+                },
                 artifacts=("run.toml", "deepspeed.json", "resolved.json"),
             )
 

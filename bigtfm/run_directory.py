@@ -51,7 +51,9 @@ def lay_out(job: Job) -> None:
     folder = job.run.run_dir
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     if job.config_path is None:
-        (folder / "run.toml").write_text("# Started without --config: every value is its default.\n", encoding="utf-8")
+        (folder / "run.toml").write_text(
+            "# Started without --config: every value is its default.\n", encoding="utf-8"
+        )
     else:
         _copy(job.config_path, folder / "run.toml")
     _copy(job.deepspeed.path, folder / "deepspeed.json")
@@ -79,13 +81,17 @@ def open_run(run_dir: Path) -> tuple[GPT, Tokenizer]:
     """
     newest = checkpoint.newest(run_dir / "checkpoints")
     if newest is None:
-        raise NoCheckpoint("no checkpoint", where=str(run_dir), fix="pass the directory of a run that has saved one")
+        raise NoCheckpoint(
+            "no checkpoint", where=str(run_dir), fix="pass the directory of a run that has saved one"
+        )
     try:
         shape = dict(checkpoint.read_state(newest)["progress"]["identity"]["model"])
         model = GPT(vocab_size=shape.pop("vocab_size"), config=ModelSection.model_validate(shape))
     except (KeyError, ValueError) as error:
         raise NoCheckpoint(
-            f"the checkpoint does not say what its model is ({error})", where=str(newest), fix="use a run of this version"
+            f"the checkpoint does not say what its model is ({error})",
+            where=str(newest),
+            fix="use a run of this version",
         ) from None
     checkpoint.load_weights(newest, model)
     return model.eval(), load_tokenizer(run_dir / "tokenizer")

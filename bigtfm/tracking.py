@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -138,15 +138,15 @@ def _unwritable(path: Path, error: OSError) -> StorageProblem:
 
 # --- the curve ---------------------------------------------------------------------------------------------
 
-_INK, _GRID = "#333333", "#e6e6e6"
+_INK, _GRID, _EDGE = "#333333", "#e6e6e6", "#bbbbbb"
 _RAW, _SMOOTH, _VALIDATION, _BASELINE = "#a9c4e4", "#1f5fa8", "#d1495b", "#777777"
 
 
 def plot_curve(run_dir: Path) -> Path:
     """Draw training and validation loss and the learning rate against the step, as RUN_DIR/curve.png.
 
-    The dashed line is the unigram baseline, the loss of knowing word frequencies alone (`unigram_loss` in
-    resolved.json, nats a token), if it is known.
+    The dashed line is the unigram baseline, the loss of knowing token frequencies alone
+    (`unigram_bits_per_byte` in resolved.json), once an evaluation tells what a bit a byte is in nats a token.
 
     Raises:
         StorageProblem: metrics.jsonl can't be read or the picture can't be written.
@@ -155,30 +155,23 @@ def plot_curve(run_dir: Path) -> Path:
     from matplotlib.figure import Figure
 
     rows = [
-        (row["step"], row.get("loss", math.nan), row.get("lr", math.nan), row.get("val_loss"))
+        tuple(row.get(name, math.nan) for name in ("step", "loss", "lr", "val_loss", "val_bits_per_byte"))
         for row in iterate_metrics(run_dir / "metrics.jsonl")
     ]
-    steps = [row[0] for row in rows]
+    steps, losses, rates, *_ = zip(*rows, strict=True) if rows else ((), (), ())
+    evaluations = [(step, loss, bits) for step, _, _, loss, bits in rows if math.isfinite(loss)]
     figure = Figure(figsize=(8, 5), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    _draw_losses(
-        upper, steps, [row[1] for row in rows], [(row[0], row[3]) for row in rows if row[3] is not None]
-    )
-    baseline = _baseline(run_dir)
-    if baseline is not None:
-        upper.axhline(
-            baseline,
-            color=_BASELINE,
-            linestyle=(0, (5, 4)),
-            linewidth=1.2,
-            label=f"unigram baseline {baseline:.3f}",
-        )
+    _draw_losses(upper, steps, losses)
+    if evaluations:
+        _draw_evaluations(upper, evaluations, _unigram_bits_per_byte(run_dir))
     if rows:
         upper.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.85)
-    lower.plot(steps, [row[2] for row in rows], color=_INK, linewidth=1.2)
+    lower.plot(steps, rates, color=_INK, linewidth=1.2)
     lower.set_ylim(bottom=0)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    lower.xaxis.get_major_locator().set_params(integer=True)
     upper.set_title(run_dir.name, loc="left", color=_INK, fontsize=12, fontweight="bold")
     upper.set_ylabel("loss (nats / token)")
     lower.set_ylabel("learning rate")
@@ -187,8 +180,8 @@ def plot_curve(run_dir: Path) -> Path:
         axes.grid(color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-        axes.tick_params(color="#bbbbbb", labelcolor=_INK)
+        axes.spines[["left", "bottom"]].set_color(_EDGE)
+        axes.tick_params(color=_EDGE, labelcolor=_INK)
     figure.align_ylabels()
     path, drawing = run_dir / "curve.png", run_dir / "curve.png.tmp"
     try:
@@ -199,26 +192,34 @@ def plot_curve(run_dir: Path) -> Path:
     return path
 
 
-def _draw_losses(
-    axes: Any, steps: list[int], losses: list[float], validation: list[tuple[int, float]]
-) -> None:
+def _draw_losses(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> None:
     every = max(1, len(steps) // 4000)  # more points than the picture has pixels only blacken it
     axes.plot(steps[::every], losses[::every], color=_RAW, linewidth=0.8)
-    smooth = _smoothed(losses)
-    last = f" {smooth[-1]:.3f}" if smooth else ""
-    axes.plot(steps[::every], smooth[::every], color=_SMOOTH, linewidth=1.8, label=f"training{last}")
-    if validation:
-        at, values = zip(*validation, strict=True)
-        style = {
-            "color": _VALIDATION,
-            "linewidth": 1.2,
-            "marker": "o",
-            "markersize": 4.5 if len(at) < 60 else 0,
-        }
-        axes.plot(at, values, label=f"validation {values[-1]:.3f}", **style)
+    label = f"training {losses[-1]:.3f}" if losses else "training"
+    axes.plot(steps[::every], _smoothed(losses)[::every], color=_SMOOTH, linewidth=1.8, label=label)
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def _draw_evaluations(axes: Any, evaluations: list[tuple[int, float, float]], baseline: float | None) -> None:
+    """Points (step, nats a token, bits a byte), and the baseline, given in bits a byte, in nats a token."""
+    steps, losses, bits = zip(*evaluations, strict=True)
+    marker = "o" if len(steps) < 60 else ""
+    label = f"validation {losses[-1]:.3f}"
+    axes.plot(steps, losses, color=_VALIDATION, linewidth=1.2, marker=marker, markersize=4.5, label=label)
+    if baseline is not None and bits[-1] > 0:
+        nats = baseline * losses[-1] / bits[-1]
+        dashes, label = (0, (5, 4)), f"unigram baseline {nats:.3f}"
+        axes.axhline(nats, color=_BASELINE, linestyle=dashes, linewidth=1.2, label=label)
+
+
+def _unigram_bits_per_byte(run_dir: Path) -> float | None:
+    try:
+        value = json.loads((run_dir / "resolved.json").read_text()).get("unigram_bits_per_byte")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
     """Mean over the neighbours on both sides, blind to NaN.
 
     2 % of the points each side; fewer near the start, where the curve is steep.
@@ -235,11 +236,3 @@ def _smoothed(values: list[float]) -> list[float]:
         count = counts[stop] - counts[first]
         result.append((sums[stop] - sums[first]) / count if count else math.nan)
     return result
-
-
-def _baseline(run_dir: Path) -> float | None:
-    try:
-        value = json.loads((run_dir / "resolved.json").read_text()).get("unigram_loss")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return float(value) if isinstance(value, int | float) else None

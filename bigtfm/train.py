@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from bigtfm.job import Job
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import NoCheckpoint, NumericsProblem, Problem, RequeueRequested
 from bigtfm.data.loader import Loader
@@ -19,6 +18,7 @@ from bigtfm.engine.build import build_engine, local_grad_norm
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
 from bigtfm.evaluate import validation_loss
+from bigtfm.job import Job
 from bigtfm.model.gpt import GPT
 from bigtfm.recorder import Recorder
 from bigtfm.resilience.numerics import require_finite
@@ -39,7 +39,9 @@ def train(job: Job, launch: Launch) -> None:
     ranks = distributed.start(launch)
     engine = build_engine(partial(make_model, job), job.deepspeed_values, recompute=run.compute.recompute)
     loader = Loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
-    validation = Loader(dataset.split("validation"), run.seq_len, run.run.seed, dataset.vocab_size, shuffle=False)
+    validation = Loader(
+        dataset.split("validation"), run.seq_len, run.run.seed, dataset.vocab_size, shuffle=False
+    )
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
             lay_out(job)
@@ -166,7 +168,9 @@ def finish(job: Job, engine: Any, progress: Progress, ranks: Ranks) -> Path:
         NumericsProblem: a weight is not finite.
         NoCheckpoint: the checkpoint on the disk is not what was written.
     """
-    broken = [f.name for f in fragments.owned_fragments(engine) if not bool(torch.isfinite(f.view(f.flat)).all())]
+    broken = [
+        f.name for f in fragments.owned_fragments(engine) if not bool(torch.isfinite(f.view(f.flat)).all())
+    ]
     for names in ranks.gather(broken):
         if names:
             raise NumericsProblem(
@@ -178,5 +182,7 @@ def finish(job: Job, engine: Any, progress: Progress, ranks: Ranks) -> Path:
     if not path.exists():  # an early stop
         save(job, engine, progress, ranks)
     if checkpoint.newest_for_all(job.checkpoints, ranks) != path:
-        raise NoCheckpoint("the last checkpoint does not verify", where=str(path), fix="check the disk, then resume")
+        raise NoCheckpoint(
+            "the last checkpoint does not verify", where=str(path), fix="check the disk, then resume"
+        )
     return path

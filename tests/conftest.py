@@ -17,6 +17,7 @@ TINY = (
     "model.max_seq_len=32",
     "track.mlflow=false",
     "eval.every=0",
+    "eval.tokens=512",
     "save.every=0",
 )
 
@@ -36,7 +37,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, corpus_lines: list[str])
     folder = tmp_path_factory.mktemp("tiny-data")
     text = folder / "speeches.txt"
     text.write_text("\n\n".join(corpus_lines)[:160_000], encoding="utf-8")
-    prepare([str(text)], folder / "tokens", vocab_size=512, validation_fraction=0.1, workers=1, progress=False)
+    prepare(
+        [str(text)], folder / "tokens", vocab_size=512, validation_fraction=0.1, workers=1, progress=False
+    )
     return folder / "tokens"
 
 

@@ -1,6 +1,7 @@
-"""Starts ranks of the real command as real processes, without paying for `import torch, deepspeed` in each of them.
+"""Starts ranks of the real command as real processes, without paying for their heavy imports in each of them.
 
-A fork server imports them once per test session; every rank is a fresh fork of it, so nothing leaks from one run to the next.
+A fork server imports torch, deepspeed and matplotlib once per test session; every rank is a fresh fork of it, so nothing
+leaks from one run to the next.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "deepspeed", "rank_runner"])
+_server.set_forkserver_preload(
+    [
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.original_muon",  # which DeepSpeed imports for every ZeRO optimizer, with a compiler
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "rank_runner",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,9 @@ def start(
     return processes
 
 
-def finish(processes: Sequence[multiprocessing.process.BaseProcess], folder: Path, timeout: float = 120) -> Finished:
+def finish(
+    processes: Sequence[multiprocessing.process.BaseProcess], folder: Path, timeout: float = 120
+) -> Finished:
     """Waits for the ranks; kills what outlives the timeout and fails."""
     late = []
     for process in processes:
@@ -76,7 +87,9 @@ def finish(processes: Sequence[multiprocessing.process.BaseProcess], folder: Pat
     return Finished([int(process.exitcode or 0) for process in processes], outputs)
 
 
-def run(args: Sequence[str], folder: Path, world_size: int = 1, environ: Mapping[str, str] | None = None) -> Finished:
+def run(
+    args: Sequence[str], folder: Path, world_size: int = 1, environ: Mapping[str, str] | None = None
+) -> Finished:
     """`bigtfm ARGS` on `world_size` ranks, to the end."""
     folder.mkdir(parents=True, exist_ok=True)
     return finish(start(args, folder, world_size, environ), folder)

@@ -127,9 +127,9 @@ def test_the_curve_shows_training_validation_and_baseline(tmp_path: Path) -> Non
     write_rows(tmp_path / "metrics.jsonl", 1, 20)
     plain = plot_curve(tmp_path).read_bytes()
     assert plain.startswith(b"\x89PNG")
-    write_rows(tmp_path / "metrics.jsonl", 21, 21, val_loss=0.7)
+    write_rows(tmp_path / "metrics.jsonl", 21, 21, val_loss=0.7, val_bits_per_byte=0.25)
     with_validation = plot_curve(tmp_path).read_bytes()
-    (tmp_path / "resolved.json").write_text('{"unigram_loss": 6.5}')
+    (tmp_path / "resolved.json").write_text('{"unigram_bits_per_byte": 2.5}')
     with_baseline = plot_curve(tmp_path).read_bytes()
     assert len({plain, with_validation, with_baseline}) == 3
     assert sorted(path.name for path in tmp_path.glob("curve*")) == ["curve.png"]

@@ -43,7 +43,9 @@ class Launch:
             )
         rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
         local = _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else int(local_rank or 0)
-        local_world = next((_number(environ, n) for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in environ), world_size)
+        local_world = next(
+            (_number(environ, n) for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in environ), world_size
+        )
         if not 0 <= rank < world_size or not 0 <= local < local_world:
             raise ConfigProblem(
                 f"RANK {rank} of WORLD_SIZE {world_size}, LOCAL_RANK {local} of {local_world} can't be",
@@ -58,5 +60,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         return int(environ[name])
     except ValueError:
         raise ConfigProblem(
-            f"{name}={environ[name]!r} is not a whole number", where="environment", fix=f"set {name} to a number"
+            f"{name}={environ[name]!r} is not a whole number",
+            where="environment",
+            fix=f"set {name} to a number",
         ) from None

@@ -10,4 +10,6 @@ import torch
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that it uses are renamed
+warnings.filterwarnings(
+    "ignore", category=FutureWarning, module="torch.distributed"
+)  # names that it uses are renamed

@@ -36,7 +36,9 @@ def build_engine(
     config = copy.deepcopy(config)  # initialize() pops from and merges into what it is given
     on_cpu = get_accelerator().device_name() == "cpu"
     _require_precision(config)
-    config["zero_allow_untested_optimizer"] = True  # the JSON's check has refused what is not the same at every stage
+    config["zero_allow_untested_optimizer"] = (
+        True  # the JSON's check has refused what is not the same at every stage
+    )
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage == 3 and recompute == "selective":
@@ -130,7 +132,9 @@ def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.
     if kind == "lion":
         return partial(pytorch_optimizer.Lion, **_only(params, ("lr", "betas", "weight_decay")))
     known = _only(params, ("lr", "betas", "eps", "weight_decay", "max_grad_norm"))
-    known.setdefault("max_grad_norm", 0.0)  # as FusedLamb: gradient_clipping in the JSON is the one place for it
+    known.setdefault(
+        "max_grad_norm", 0.0
+    )  # as FusedLamb: gradient_clipping in the JSON is the one place for it
     return partial(pytorch_optimizer.Lamb, **known)
 
 

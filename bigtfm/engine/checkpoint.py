@@ -98,7 +98,9 @@ def _state(engine: Any, progress: Progress) -> dict[str, Any]:
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "groups": [{k: v for k, v in group.items() if isinstance(v, int | float | bool)} for group in groups],
         "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
-        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)} if scaler else None,
+        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
+        if scaler
+        else None,
     }
 
 
@@ -108,12 +110,16 @@ def _finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: 
     for part in gathered:
         files.update(part["files"])
         for name, entry in part["parameters"].items():
-            whole = index.setdefault(name, {k: entry[k] for k in ("shape", "keys", "updates")} | {"fragments": []})
+            whole = index.setdefault(
+                name, {k: entry[k] for k in ("shape", "keys", "updates")} | {"fragments": []}
+            )
             whole["fragments"].append(entry["fragment"])
     for name, content in (("index.json", index), ("state.json", state)):
         (building / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         files[name] = _flush_and_hash(building / name)
-    (building / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    (building / "manifest.json").write_text(
+        json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8"
+    )
     _flush_and_hash(building / "manifest.json")
     _flush_directory(building)
     if final.exists():  # left by a run that was resumed from an earlier step
@@ -282,5 +288,3 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
     for path in [*root.glob("step-*"), *root.glob(".building-*")]:
         if path not in kept and path.name != f"step-{best_step or 0:08d}":
             shutil.rmtree(path, ignore_errors=True)
-
-

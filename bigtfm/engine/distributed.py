@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from bigtfm.config.launch import RENDEZVOUS, Launch
 from bigtfm.config.problems import ConfigProblem, StorageProblem
 
+
 @dataclass(frozen=True)
 class Ranks:
     """The running process group. `device` holds this rank's tensors; host numbers travel over gloo, which stalls no GPU."""
@@ -36,7 +37,7 @@ class Ranks:
 
     @property
     def device_name(self) -> str:
-        """"cpu", or the GPU's name."""
+        """ "cpu", or the GPU's name."""
         return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -87,7 +88,9 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
         alone = dict(zip(RENDEZVOUS, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
         os.environ.update(alone)  # without them DeepSpeed looks for MPI
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
-    if "OMP_NUM_THREADS" not in os.environ:  # ranks on one machine share its cores instead of fighting for them
+    if (
+        "OMP_NUM_THREADS" not in os.environ
+    ):  # ranks on one machine share its cores instead of fighting for them
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -128,7 +128,9 @@ def restore_moment(engine: Any, fragment: Fragment, key: str) -> torch.Tensor:
 def restore_update_count(engine: Any, fragment: Fragment, count: float) -> None:
     """Sets the optimizer's own count where this kind of optimizer keeps it."""
     optimizer = base_optimizer(engine)
-    keeper = getattr(optimizer, "aux_optimizer", None) or optimizer  # Muon leaves embeddings and vectors to an Adam
+    keeper = (
+        getattr(optimizer, "aux_optimizer", None) or optimizer
+    )  # Muon leaves embeddings and vectors to an Adam
     kind, state = type(keeper).__name__, optimizer.state[fragment.flat]
     if kind in _STEP_IN_GROUP:
         optimizer.param_groups[fragment.group]["step"] = int(count)

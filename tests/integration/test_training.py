@@ -20,7 +20,15 @@ Json = Callable[..., Path]
 def train(
     folder: Path, data: Path, json_file: Path, *overrides: str, world_size: int = 1, name: str = "run"
 ) -> rank_runner.Finished:
-    args = ["train", "--deepspeed_config", str(json_file), f"data.path={data}", f"run.name={name}", *TINY, *overrides]
+    args = [
+        "train",
+        "--deepspeed_config",
+        str(json_file),
+        f"data.path={data}",
+        f"run.name={name}",
+        *TINY,
+        *overrides,
+    ]
     return rank_runner.run(args, folder, world_size)
 
 
@@ -93,7 +101,14 @@ def test_dropout_does_not_depend_on_ranks(
 ) -> None:
     one = trained(tmp_path, tiny_data, deepspeed_json(), "steps=6", "dropout=0.2", name="one")
     other = trained(
-        tmp_path, tiny_data, deepspeed_json(stage=2), "steps=6", "dropout=0.2", "recompute=full", world_size=2, name="two"
+        tmp_path,
+        tiny_data,
+        deepspeed_json(stage=2),
+        "steps=6",
+        "dropout=0.2",
+        "recompute=full",
+        world_size=2,
+        name="two",
     )
     assert losses(one) == pytest.approx(losses(other), abs=1e-5)
     assert losses(one) != pytest.approx(reference[:6], abs=1e-3), "dropout does something"
@@ -132,10 +147,15 @@ def test_every_optimizer_learns_resumes_and_agrees_between_stages(
     for stage in stages:
         changes: dict[str, Any] = {"optimizer": {"type": kind, "params": params}}
         if kind == "Muon":
-            changes |= {"gradient_clipping": None, "zero_optimization": {"stage": stage, "reduce_scatter": stage < 3}}
+            changes |= {
+                "gradient_clipping": None,
+                "zero_optimization": {"stage": stage, "reduce_scatter": stage < 3},
+            }
         json_file = deepspeed_json(stage=stage, **changes)
         for steps in (4, 8):  # with a resume between
-            run_dir = trained(tmp_path, tiny_data, json_file, f"steps={steps}", world_size=2, name=f"stage-{stage}")
+            run_dir = trained(
+                tmp_path, tiny_data, json_file, f"steps={steps}", world_size=2, name=f"stage-{stage}"
+            )
         curves[stage] = losses(run_dir)
         whole = trained(tmp_path, tiny_data, json_file, "steps=8", world_size=2, name=f"whole-{stage}")
         assert curves[stage] == losses(whole), f"resumed at stage {stage}"
@@ -159,10 +179,23 @@ def test_every_schedule_resumes_exactly(
     kind: str, params: dict[str, Any], tmp_path: Path, tiny_data: Path, deepspeed_json: Json
 ) -> None:
     json_file = deepspeed_json(stage=1, scheduler={"type": kind, "params": params})
-    whole = trained(tmp_path, tiny_data, json_file, "steps=12", "eval.every=2", "eval.min_delta=10.0", name="whole")
+    whole = trained(
+        tmp_path, tiny_data, json_file, "steps=12", "eval.every=2", "eval.min_delta=10.0", name="whole"
+    )
     for steps in (6, 12):
-        parts = trained(tmp_path, tiny_data, json_file, f"steps={steps}", "eval.every=2", "eval.min_delta=10.0", name="parts")
-    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, parts)]
+        parts = trained(
+            tmp_path,
+            tiny_data,
+            json_file,
+            f"steps={steps}",
+            "eval.every=2",
+            "eval.min_delta=10.0",
+            name="parts",
+        )
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, parts)
+    ]
     assert [row["lr"] for row in rows[0]] == [row["lr"] for row in rows[1]]
     assert len({row["lr"] for row in rows[0]}) > 2, "the schedule moves the lr"
     assert losses(whole) == losses(parts)
@@ -172,7 +205,9 @@ def test_bf16_agrees_between_stages(tmp_path: Path, tiny_data: Path, deepspeed_j
     curves = []
     for stage in (0, 1, 2, 3):
         json_file = deepspeed_json(stage=stage, bf16={"enabled": True})
-        curves.append(losses(trained(tmp_path, tiny_data, json_file, "steps=8", world_size=2, name=f"stage-{stage}")))
+        curves.append(
+            losses(trained(tmp_path, tiny_data, json_file, "steps=8", world_size=2, name=f"stage-{stage}"))
+        )
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], abs=2e-2)
 
@@ -188,7 +223,12 @@ def test_evaluation_is_the_same_on_two_ranks(tmp_path: Path, tiny_data: Path, de
     rows = []
     for world_size in (1, 2):
         run_dir = trained(
-            tmp_path, tiny_data, deepspeed_json(stage=3), "steps=2", world_size=world_size, name=f"ranks-{world_size}"
+            tmp_path,
+            tiny_data,
+            deepspeed_json(stage=3),
+            "steps=2",
+            world_size=world_size,
+            name=f"ranks-{world_size}",
         )
         rows.append(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1]))
     assert rows[0]["val_loss"] == pytest.approx(rows[1]["val_loss"], abs=1e-6)
@@ -197,16 +237,27 @@ def test_evaluation_is_the_same_on_two_ranks(tmp_path: Path, tiny_data: Path, de
 
 def test_early_stop_keeps_the_best_checkpoint(tmp_path: Path, tiny_data: Path, deepspeed_json: Json) -> None:
     run_dir = trained(
-        tmp_path, tiny_data, deepspeed_json(), "steps=50", "eval.every=2", "eval.patience=3", "eval.min_delta=0.5", "save.keep=1"
+        tmp_path,
+        tiny_data,
+        deepspeed_json(),
+        "steps=50",
+        "eval.every=2",
+        "eval.patience=3",
+        "eval.min_delta=0.5",
+        "save.keep=1",
     )
-    state = json.loads(max((run_dir / "checkpoints").glob("step-*")).joinpath("state.json").read_text())["progress"]
+    state = json.loads(max((run_dir / "checkpoints").glob("step-*")).joinpath("state.json").read_text())[
+        "progress"
+    ]
     assert state["step"] < 50
     assert state["stale_evaluations"] == 3
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == [f"step-{state['best_step']:08d}", f"step-{state['step']:08d}"]
 
 
-def test_nan_ends_the_run_and_never_reaches_a_checkpoint(tmp_path: Path, tiny_data: Path, deepspeed_json: Json) -> None:
+def test_nan_ends_the_run_and_never_reaches_a_checkpoint(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
     json_file = deepspeed_json(optimizer={"type": "SGD", "params": {"lr": 1e30}}, gradient_clipping=None)
     finished = train(tmp_path, tiny_data, json_file, "steps=10", "save.every=1")
     assert finished.code == 70, finished.output
@@ -216,9 +267,18 @@ def test_nan_ends_the_run_and_never_reaches_a_checkpoint(tmp_path: Path, tiny_da
     assert "is nan" in failure["what"] or "is inf" in failure["what"]
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, tiny_data: Path, deepspeed_json: Json) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
     whole = trained(tmp_path, tiny_data, deepspeed_json(stage=2), "steps=60", world_size=2, name="whole")
-    args = ["train", "--deepspeed_config", str(deepspeed_json(stage=2)), f"data.path={tiny_data}", "run.name=cut", *TINY]
+    args = [
+        "train",
+        "--deepspeed_config",
+        str(deepspeed_json(stage=2)),
+        f"data.path={tiny_data}",
+        "run.name=cut",
+        *TINY,
+    ]
     ranks = rank_runner.start([*args, "steps=60"], tmp_path, 2)
     metrics = tmp_path / "runs/cut/metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -236,7 +296,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, tiny_data: 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [("seed=1", "seed"), ("model.hidden_size=64", "model.hidden_size"), ("label_smoothing=0.1", "objective.label_smoothing")],
+    [
+        ("seed=1", "seed"),
+        ("model.hidden_size=64", "model.hidden_size"),
+        ("label_smoothing=0.1", "objective.label_smoothing"),
+    ],
 )
 def test_resuming_as_another_run_is_refused(
     change: str, named: str, tmp_path: Path, tiny_data: Path, deepspeed_json: Json
@@ -256,11 +320,19 @@ def test_a_finished_run_says_so(tmp_path: Path, tiny_data: Path, deepspeed_json:
     assert losses(tmp_path / "runs/run") == before
 
 
-def test_l1_shrinks_weights_alike_at_every_stage(tmp_path: Path, tiny_data: Path, deepspeed_json: Json) -> None:
+def test_l1_shrinks_weights_alike_at_every_stage(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
     curves = {}
     for stage, world_size in ((0, 1), (2, 2), (3, 2)):
         run_dir = trained(
-            tmp_path, tiny_data, deepspeed_json(stage=stage), "steps=8", "l1=1e-3", world_size=world_size, name=f"s{stage}"
+            tmp_path,
+            tiny_data,
+            deepspeed_json(stage=stage),
+            "steps=8",
+            "l1=1e-3",
+            world_size=world_size,
+            name=f"s{stage}",
         )
         curves[stage] = losses(run_dir)
     assert curves[2] == pytest.approx(curves[0], abs=1e-5)
