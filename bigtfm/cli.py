@@ -1,4 +1,4 @@
-"""The commands. No logic: each reads its flags, calls one function and turns a Problem into one line and an exit code."""
+"""The commands. No logic: each reads its flags, calls one function, and turns a Problem into its one line."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def train(
     overrides: Overrides = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
-    """Train, or go on with the run that stands in the run directory. One process, or a rank of any launcher."""
+    """Train, or go on with the run that stands in the run directory; alone or as a rank of any launcher."""
     from bigtfm.config.launch import Launch
 
     with one_line():
@@ -122,15 +122,15 @@ def prepare(
         list[str] | None,
         typer.Option(
             "--input",
-            help="File (.txt .jsonl .csv .parquet, also .gz), folder, '-' (stdin), 'embedded' (the corpus in the package), "
-            "or hf:NAME[@CONFIG][:SPLIT]. May be given more than once. Default: embedded.",
+            help="File (.txt .jsonl .csv .parquet, also .gz), folder, '-' (stdin), 'embedded' (the package's "
+            "corpus), or hf:NAME[@CONFIG][:SPLIT]. May be given more than once. Default: embedded.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data/quickstart"),
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="A sentencepiece .model, a tokenizer.json or a tokenizer's folder. Default: train one on the input."
+            help="A sentencepiece .model, a tokenizer.json or a tokenizer's folder. Default: train one."
         ),
     ] = None,
     vocab_size: Annotated[
@@ -145,7 +145,7 @@ def prepare(
     document_bytes: Annotated[
         int | None,
         typer.Option(
-            help="Least size in bytes of the documents a .txt is cut into. Default: 1/100 of the text, 1 to 64 KiB."
+            help="Least size in bytes of what a .txt is cut into. Default: 1/100 of the text, 1 to 64 KiB."
         ),
     ] = None,
     stdin_format: Annotated[str, typer.Option(help="What '-' is: txt, jsonl or csv.")] = "txt",

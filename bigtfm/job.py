@@ -1,4 +1,4 @@
-"""A checked job: what `bigtfm check` shows and training carries out. Reading it imports neither torch nor deepspeed."""
+"""A checked job: what `bigtfm check` shows and training carries out. It imports no torch."""
 
 from __future__ import annotations
 

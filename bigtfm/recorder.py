@@ -1,4 +1,4 @@
-"""What rank 0 keeps and shows of a run: metrics.jsonl, the progress lines, the MLflow mirror and the summary."""
+"""What rank 0 keeps and shows of a run: metrics.jsonl, progress lines, MLflow mirror, summary."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Recorder:
 
     def summary(self, progress: Progress, last_checkpoint: Path) -> None:
         """The end of a run that ended well: what came of it and what to try next."""
-        run, run_dir = self._job.run, self._job.run.run_dir
+        run_dir = self._job.run.run_dir
         self._console.close()
         self._log.close()
         rows = read_metrics(run_dir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""A run's directory: both of the user's files byte for byte, what they resolve to, the tokenizer, and what a run is made of."""
+"""A run's directory: the user's files byte for byte, what they resolve to, the tokenizer; and how it is read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str,
         raise ConfigProblem(
             f"{changed} was {before} when this run was saved and is {value} now",
             where=str(run_dir),
-            fix=f"undo the change, give the new run another run.name, or accept it with 'resume.allow=[\"{part}\"]'",
+            fix=f"undo it, give the new run another run.name, or accept the change with resume.allow={part}",
         )
 
 
@@ -73,7 +73,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def open_run(run_dir: Path) -> tuple[GPT, Tokenizer]:
-    """The model of the newest checkpoint, in fp32 and in evaluation mode, and its tokenizer; without DeepSpeed.
+    """The model of the newest checkpoint (fp32, evaluation mode) and its tokenizer, without DeepSpeed.
 
     Raises:
         NoCheckpoint: there is none, or none verifies.

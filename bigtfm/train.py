@@ -27,7 +27,7 @@ from bigtfm.run_directory import identity, lay_out, refuse_changes
 
 
 def train(job: Job, launch: Launch) -> None:
-    """Trains to `job.resolved.steps`, an early stop or a signal, going on from what stands in the run directory.
+    """Trains to `job.resolved.steps`, an early stop or a signal, from what stands in the run directory on.
 
     Returning (exit code 0) means: finite weights, every step applied, a verified checkpoint.
 
@@ -70,8 +70,8 @@ def train(job: Job, launch: Launch) -> None:
             for turn, batch in enumerate(batches):
                 inputs = batch.to(ranks.device).model_inputs()
                 loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * accumulation))
-                # The gradient becomes that of (sum of all token losses) / (labels in the global batch): DeepSpeed averages over
-                # ranks, hence the factor; left to itself it would average averages.
+                # The gradient becomes that of (sum of all token losses) / (labels in the global batch). DeepSpeed
+                # averages over ranks, hence the factor; left to itself it would average averages.
                 engine.backward(loss * (ranks.world_size / max(labels, 1)), scale_wrt_gas=False)
                 loss_sum += loss.detach()
                 if turn == accumulation - 1:

@@ -1,4 +1,4 @@
-"""Training under any launcher: deepspeed launch/train.py --deepspeed_config ds_configs/zero2_fp32.json [key=value ...]"""
+"""Training under any launcher: deepspeed launch/train.py --deepspeed_config ds_configs/zero2_fp32.json"""
 
 from bigtfm.cli import train_alone
 

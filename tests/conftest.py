@@ -45,7 +45,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, corpus_lines: list[str])
 
 @pytest.fixture
 def deepspeed_json(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a DeepSpeed JSON: AdamW, 8 sequences a step, 2 a micro batch; keyword arguments replace its keys."""
+    """Writes a DeepSpeed JSON: AdamW, 8 sequences a step, 2 a micro batch; keyword arguments replace keys."""
 
     def write(name: str = "deepspeed.json", *, stage: int = 0, **changes: Any) -> Path:
         content = {

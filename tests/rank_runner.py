@@ -1,7 +1,7 @@
 """Starts ranks of the real command as real processes, without paying for their heavy imports in each of them.
 
-A fork server imports torch, deepspeed and matplotlib once per test session; every rank is a fresh fork of it, so nothing
-leaks from one run to the next.
+A fork server imports torch, deepspeed and matplotlib once per test session; every rank is a fresh fork of it, so
+nothing leaks from one run to the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "deepspeed",
-        "deepspeed.runtime.zero.muon.original_muon",  # which DeepSpeed imports for every ZeRO optimizer, with a compiler
+        "deepspeed.runtime.zero.muon.original_muon",  # DeepSpeed imports it for every ZeRO optimizer
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
         "rank_runner",

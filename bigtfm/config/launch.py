@@ -1,7 +1,7 @@
 """Who this process is among the ranks of a job: read from the launcher's environment, here and nowhere else.
 
-Ranks may be started by `deepspeed`, `torchrun`, or by hand with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; with none
-of these set, the process is the only rank.
+Ranks may be started by `deepspeed`, `torchrun`, or by hand with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT; with none of these set, the process is the only rank.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Launch:
             raise ConfigProblem(
                 f"{', '.join(missing)} not set, but {', '.join(n for n in RENDEZVOUS if n in environ)} set",
                 where="environment",
-                fix=f"start every rank with all of {', '.join(RENDEZVOUS)}, or with none for a single process",
+                fix=f"start every rank with all of {', '.join(RENDEZVOUS)}; a single process with none",
             )
         rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
         local = _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else int(local_rank or 0)

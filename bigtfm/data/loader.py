@@ -19,7 +19,8 @@ BLOCK = 4096  # samples whose order is computed at once, which spreads the cost 
 class TokenStream(Protocol):
     """What the loader asks of a bigtfm.data.indexed.Split."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def num_tokens(self) -> int: ...

@@ -1,6 +1,6 @@
 """The only place that imports deepspeed: process group, engine, checkpoints.
 
-Before it is imported, its chatter is turned off: what it only warns of is checked before, its errors are raised.
+Before that its chatter is turned off: what it only warns of is checked before, and its errors are raised.
 """
 
 import os

@@ -28,7 +28,7 @@ def build_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Model, optimizer and schedule under ZeRO, as `config` (a resolved DeepSpeed JSON, left as it is) says.
 
-    The initial weights are the same at every stage and world size: each is a function of the seed and its name.
+    The initial weights are the same at every stage and world size: each is a function of seed and name.
 
     Raises:
         ConfigProblem: the accelerator lacks the precision that the JSON asks for.
@@ -66,7 +66,8 @@ def build_engine(
 def _undo_dry_run(engine: deepspeed.DeepSpeedEngine) -> None:
     """At stage 0 in fp16 and bf16 DeepSpeed takes a step on zero gradients to allocate the moments.
 
-    It decays the masters and counts as an update in Adam's bias correction, so the curve would leave the other stages'.
+    It decays the masters and counts as an update in Adam's bias correction: the curve would leave the other
+    stages'.
     """
     wrapper = engine.optimizer
     if engine.zero_optimization() or not hasattr(wrapper, "initialize_optimizer_states"):
@@ -105,7 +106,8 @@ def _groups(model: nn.Module, kind: str, weight_decay: float) -> list[dict[str, 
     """Weight decay for the matrices; none for the vectors (norms, biases)."""
     if kind.lower() == "adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
         return [{"params": list(model.parameters())}]
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
         (matrices if _dimensions(parameter) >= 2 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -117,7 +119,7 @@ def _dimensions(parameter: nn.Parameter) -> int:
 
 
 def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.Optimizer] | None:
-    """On a CPU, DeepSpeed compiles its Adam for minutes and has no Lamb or Lion: maintained torch code stands in."""
+    """On a CPU DeepSpeed compiles its Adam for minutes and has no Lamb or Lion: torch code stands in."""
     if not on_cpu:
         return None
     kind, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
@@ -153,7 +155,7 @@ def _own_schedule(config: dict[str, Any]) -> Callable[[torch.optim.Optimizer], A
 
 
 def local_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """L2 norm of the reduced gradients where DeepSpeed keeps none (fp32 at stage 0), before the update; else None."""
+    """L2 norm of the reduced gradients, before the update, where DeepSpeed keeps none (fp32 at stage 0)."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
     grads = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]

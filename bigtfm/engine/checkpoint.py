@@ -1,13 +1,14 @@
-"""Stage-free checkpoints: named fp32 weights and optimizer moments in sharded safetensors, written so that no kill can spoil them.
+"""Stage-free checkpoints: named fp32 weights and optimizer moments in sharded safetensors, proof against kills.
 
     step-00000100/
         shard-00000.safetensors   what rank 0 held: tensors "<parameter>|fp32", "<parameter>|exp_avg", ...
         index.json                parameter -> shape, and which shard holds which of its elements
-        state.json                step, samples, schedule, loss scale, identities (data, tokenizer, model, seed)
+        state.json                step, samples, schedule, loss scale; what data, tokenizer, model, seed
         manifest.json             size and SHA-256 of every file above, written last
 
-A save goes to a temporary directory, is flushed to the disk, and is renamed when whole. A checkpoint counts when its manifest verifies;
-there is no pointer file to go stale, and nothing is unpickled. Any ZeRO stage and any world size loads it.
+A save goes to a temporary directory, is flushed to the disk, and is renamed when whole. A checkpoint counts
+when its manifest verifies; no pointer file can go stale, and nothing is unpickled. Any ZeRO stage and any
+world size loads it.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def load(checkpoint: Path, engine: Any) -> Progress:
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fills a plain torch module [no DeepSpeed] with the checkpoint's fp32 weights, one parameter at a time."""
+    """Fills a plain torch module with the checkpoint's fp32 weights, one parameter at a time."""
     with _Shards(checkpoint) as shards, torch.no_grad():
         for name, parameter in model.named_parameters():
             shards.entry(name, tuple(parameter.shape))
@@ -263,7 +264,7 @@ class _Shards:
             raise NoCheckpoint(
                 f"the checkpoint {has}, the model needs {list(shape)}",
                 where=str(self._folder),
-                fix="use the run config that this run was started with (its copy is run.toml in the run directory)",
+                fix="use the run config that this run was started with (run.toml in the run directory)",
             )
         return entry
 

@@ -21,7 +21,7 @@ from bigtfm.config.problems import ConfigProblem, StorageProblem
 
 @dataclass(frozen=True)
 class Ranks:
-    """The running process group. `device` holds this rank's tensors; host numbers travel over gloo, which stalls no GPU."""
+    """The running process group. Tensors live on `device`; host numbers travel over gloo, without stalls."""
 
     launch: Launch
     device: torch.device
@@ -60,7 +60,7 @@ class Ranks:
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """If writing fails in the block on any rank, all ranks raise the same, so none waits for one that left.
+        """If writing fails in the block on any rank, all ranks raise the same: none waits for one that left.
 
         Raises:
             StorageProblem
@@ -75,7 +75,7 @@ class Ranks:
             raise StorageProblem(
                 f"{doing} failed: {failures[0]}",
                 where="storage",
-                fix="free space or mend the disk, then start the same command again: it resumes from the last checkpoint",
+                fix="free space or mend the disk, then start the same command again: it resumes where it can",
             )
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # This op compiles for minutes in silence at the first start on a CPU, and a killed compilation blocks the next start.
+    # On a CPU this op compiles in silence for minutes at the first start; killed, it blocks the next one.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

@@ -1,8 +1,8 @@
 """What a rank holds of the fp32 weights and optimizer moments, by parameter name, in every ZeRO stage.
 
-DeepSpeed keeps them elsewhere in each stage (whole tensors, flat partitions of a group, padded shards of a parameter). Here they are
-all the same: a `Fragment` is a run of a parameter's elements inside a flat tensor that the optimizer updates. A checkpoint made of
-fragments therefore knows of no stage and no world size.
+DeepSpeed keeps them elsewhere in each stage (whole tensors, flat partitions of a group, padded shards of a
+parameter). Here they are all the same: a `Fragment` is a run of a parameter's elements inside a flat tensor
+that the optimizer updates. A checkpoint made of fragments therefore knows of no stage and no world size.
 
 ZeRO: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
 """
@@ -116,7 +116,7 @@ def update_count(engine: Any, fragment: Fragment) -> float:
 
 
 def restore_moment(engine: Any, fragment: Fragment, key: str) -> torch.Tensor:
-    """A view [numel] to be filled with the saved values of `key`; a moment that does not exist yet is made."""
+    """A view [numel] to be filled with the saved values of `key`; a moment that is missing yet is made."""
     if key == "fp32":
         return fragment.view(fragment.flat)
     state = base_optimizer(engine).state[fragment.flat]
