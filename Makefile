@@ -16,7 +16,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN ?= quickstart
 STEPS ?=
 ARGS ?=
-PROMPT ?= The
+PROMPT ?= My fellow Americans,
 
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --no-input --disable-pip-version-check install --progress-bar off

@@ -141,7 +141,7 @@ def prepare(
     text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
     validation_fraction: Annotated[
         float, typer.Option(help="Share of the documents that go to validation, chosen by their hash.")
-    ] = 0.05,
+    ] = 0.1,
     document_bytes: Annotated[
         int | None,
         typer.Option(
@@ -171,7 +171,7 @@ def prepare(
             workers=workers,
             force=force,
         )
-    print(summary)
+    print(summary.line)
 
 
 @app.command()

@@ -29,7 +29,9 @@ class Recorder:
         self._log = MetricsLog(run.run_dir / "metrics.jsonl")
         self._log.truncate_after(progress.step)
         self._console = Console(resolved.steps, progress.step, every=run.track.every)
-        if progress.step:
+        if progress.step >= resolved.steps:
+            self._console.note(f"{run.run_dir} has already run its {progress.step} steps: nothing to do")
+        elif progress.step:
             self._console.note(f"resuming {run.run_dir} after step {progress.step}")
         self._mirror = None
         if run.track.mlflow:

@@ -1,4 +1,4 @@
-"""A run's directory: the user's files byte for byte, what they resolve to, the tokenizer; and how it is read."""
+"""A run's directory: the user's files byte for byte, what they resolve to, the tokenizer; and reading it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str,
 
 def lay_out(job: Job) -> None:
     """Writes everything but metrics and checkpoints."""
-    folder = job.run.run_dir
+    folder, validation = job.run.run_dir, job.dataset.header.splits["validation"]
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     if job.config_path is None:
         (folder / "run.toml").write_text(
@@ -59,7 +59,7 @@ def lay_out(job: Job) -> None:
     _copy(job.deepspeed.path, folder / "deepspeed.json")
     resolved = {
         **asdict(job.resolved),
-        "unigram_bits_per_byte": unigram_bits_per_byte(job.dataset),
+        "unigram_bits_per_byte": unigram_bits_per_byte(job.dataset) if validation.tokens else None,
         "run_config": job.run.model_dump(mode="json"),
     }
     (folder / "resolved.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")

@@ -39,9 +39,7 @@ def train(job: Job, launch: Launch) -> None:
     ranks = distributed.start(launch)
     engine = build_engine(partial(make_model, job), job.deepspeed_values, recompute=run.compute.recompute)
     loader = Loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
-    validation = Loader(
-        dataset.split("validation"), run.seq_len, run.run.seed, dataset.vocab_size, shuffle=False
-    )
+    validation = held_out(job)
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
             lay_out(job)
@@ -70,8 +68,8 @@ def train(job: Job, launch: Launch) -> None:
             for turn, batch in enumerate(batches):
                 inputs = batch.to(ranks.device).model_inputs()
                 loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * accumulation))
-                # The gradient becomes that of (sum of all token losses) / (labels in the global batch). DeepSpeed
-                # averages over ranks, hence the factor; left to itself it would average averages.
+                # The gradient becomes that of sum(token losses) / labels in the global batch. DeepSpeed averages
+                # over ranks, hence the factor; alone it would average averages.
                 engine.backward(loss * (ranks.world_size / max(labels, 1)), scale_wrt_gas=False)
                 loss_sum += loss.detach()
                 if turn == accumulation - 1:
@@ -89,7 +87,7 @@ def train(job: Job, launch: Launch) -> None:
             seconds = time.perf_counter() - began
             last = progress.step == steps
             improved = False
-            if last or due(run.eval.every, progress.step):
+            if validation is not None and (last or due(run.eval.every, progress.step)):
                 row["val_loss"] = validation_loss(engine, validation, ranks, micro_batch, run.eval.tokens)
                 improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
             if recorder is not None:
@@ -118,6 +116,14 @@ def make_model(job: Job) -> GPT:
         l1=run.objective.l1,
         recompute=run.compute.recompute,
     )
+
+
+def held_out(job: Job) -> Loader | None:
+    """The validation split in order; None when the data set was prepared without one."""
+    if not job.dataset.header.splits["validation"].tokens:
+        return None
+    split = job.dataset.split("validation")
+    return Loader(split, job.run.seq_len, job.run.run.seed, job.dataset.vocab_size, shuffle=False)
 
 
 def resume(job: Job, engine: Any, ranks: Ranks) -> Progress:

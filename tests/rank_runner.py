@@ -1,7 +1,7 @@
 """Starts ranks of the real command as real processes, without paying for their heavy imports in each of them.
 
-A fork server imports torch, deepspeed and matplotlib once per test session; every rank is a fresh fork of it, so
-nothing leaks from one run to the next.
+A fork server imports torch, deepspeed and matplotlib once per test session; every rank is a fresh fork
+of it, so nothing leaks from one run to the next.
 """
 
 from __future__ import annotations

@@ -145,6 +145,12 @@ RULES = (
         'write "gradient_clipping": 0, or use stage 0',
     ),
     Rule(
+        f"{_ZERO}.stage",
+        lambda c: c.optimizer_type == "Muon" and c.zero_stage in (1, 2),
+        "at stages 1 and 2 DeepSpeed keeps Muon's momentum where no checkpoint can save it by parameter",
+        "use stage 0, or stage 3 with reduce_scatter false",
+    ),
+    Rule(
         f"{_ZERO}.reduce_scatter",
         lambda c: c.optimizer_type == "Muon" and c.zero_stage == 3 and c.zero.get("reduce_scatter", True),
         "DeepSpeed raises on Muon at stage 3 with reduce_scatter (the default)",

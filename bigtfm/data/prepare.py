@@ -52,6 +52,17 @@ class Summary:
     seconds: float = 0.0
     existing: bool = False
 
+    @property
+    def line(self) -> str:
+        """One line for the user."""
+        parts = [
+            f"{name} {counts.tokens:,} tokens of {counts.documents:,} documents ({counts.bytes:,} bytes)"
+            for name, counts in self.splits.items()
+        ]
+        done = "was there already" if self.existing else f"prepared in {self.seconds:.1f} s"
+        kind = f"{self.tokenizer}, {self.vocab_size:,} pieces"
+        return f"{self.path}: {', '.join(parts)}; {kind}; {done}"
+
 
 def prepare(
     inputs: Sequence[str] = (EMBEDDED,),
@@ -61,7 +72,7 @@ def prepare(
     vocab_size: int | None = None,
     model_type: ModelType = "bpe",
     text_column: str = "text",
-    validation_fraction: float = 0.05,
+    validation_fraction: float = 0.1,
     document_bytes: int | None = None,
     stdin_format: str = "txt",
     workers: int | None = None,

@@ -6,7 +6,7 @@ Everything that DeepSpeed has to be told beyond the user's file is decided here,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -45,7 +45,8 @@ def build_engine(
         # Stage 3's own F.linear adds the bias in place into the product that selective recomputation saved.
         zero.setdefault("memory_efficient_linear", False)
     schedule = _own_schedule(config)
-    kind, weight_decay = config["optimizer"]["type"], config["optimizer"]["params"].get("weight_decay", 0.0)
+    params = config["optimizer"].setdefault("params", {})
+    kind, weight_decay = config["optimizer"]["type"], params.get("weight_decay", 0.0)
     optimizer = _own_optimizer(config, on_cpu)
 
     with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config)) if stage == 3 else nullcontext():
@@ -104,7 +105,7 @@ def _require_precision(config: dict[str, Any]) -> None:
 
 def _groups(model: nn.Module, kind: str, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for the matrices; none for the vectors (norms, biases)."""
-    if kind.lower() == "adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
+    if kind == "Adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
         return [{"params": list(model.parameters())}]
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -119,29 +120,24 @@ def _dimensions(parameter: nn.Parameter) -> int:
 
 
 def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.Optimizer] | None:
-    """On a CPU DeepSpeed compiles its Adam for minutes and has no Lamb or Lion: torch code stands in."""
-    if not on_cpu:
-        return None
-    kind, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
-    if kind in ("adam", "adamw", "muon"):
+    """What DeepSpeed would not build here, from torch code; else None.
+
+    On a CPU it compiles its Adam for minutes and has no Lion. Its Lamb needs fp16 and is none on a CPU.
+    """
+    kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
+    if kind in ("Adam", "AdamW", "Muon") and on_cpu:
         params.setdefault("torch_adam", True)
-        return None
-    if kind not in ("lamb", "lion"):
+    if kind != "Lamb" and not (kind == "Lion" and on_cpu):
         return None
     import pytorch_optimizer
 
     del config["optimizer"]
-    if kind == "lion":
-        return partial(pytorch_optimizer.Lion, **_only(params, ("lr", "betas", "weight_decay")))
-    known = _only(params, ("lr", "betas", "eps", "weight_decay", "max_grad_norm"))
-    known.setdefault(
-        "max_grad_norm", 0.0
-    )  # as FusedLamb: gradient_clipping in the JSON is the one place for it
-    return partial(pytorch_optimizer.Lamb, **known)
-
-
-def _only(params: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    return {name: params[name] for name in known if name in params}
+    known = {name: params[name] for name in ("lr", "betas", "eps", "weight_decay") if name in params}
+    if kind == "Lion":
+        return partial(pytorch_optimizer.Lion, **known)
+    return partial(
+        pytorch_optimizer.Lamb, max_grad_norm=0.0, **known
+    )  # clipping is the JSON's gradient_clipping
 
 
 def _own_schedule(config: dict[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:

@@ -1,4 +1,4 @@
-"""Stage-free checkpoints: named fp32 weights and optimizer moments in sharded safetensors, proof against kills.
+"""Stage-free checkpoints: named fp32 weights and optimizer moments in sharded safetensors, kill-proof.
 
     step-00000100/
         shard-00000.safetensors   what rank 0 held: tensors "<parameter>|fp32", "<parameter>|exp_avg", ...

@@ -159,6 +159,14 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     (
         {
             "optimizer": {"type": "Muon", "params": {"lr": 0.02}},
+            "zero_optimization": {"stage": 2},
+            "gradient_clipping": 0,
+        },
+        "Muon's momentum",
+    ),
+    (
+        {
+            "optimizer": {"type": "Muon", "params": {"lr": 0.02}},
             "zero_optimization": {"stage": 3},
             "gradient_clipping": 0,
         },
@@ -204,6 +212,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     (
         {
             "optimizer": {"type": "Muon", "params": {"lr": 2e-3, "adam_lr": 1e-3}},
+            "zero_optimization": {"stage": 0},
             "gradient_clipping": 0,
             "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-3}},
         },

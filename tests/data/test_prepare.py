@@ -333,8 +333,8 @@ def test_the_split_is_by_hash(tmp_path, model):
     rows = [f"row {i}" for i in range(400)]
     prepare([str(write_rows(tmp_path / "a.jsonl", rows + rows[:50]))], tmp_path / "a", tokenizer=model)
     validation = set(documents(tmp_path / "a", "validation"))
-    assert validation == {row.encode() for row in rows if document_hash(row.encode()) < 0.05 * 2**64}
-    assert 5 <= len(validation) <= 40
+    assert validation == {row.encode() for row in rows if document_hash(row.encode()) < 0.1 * 2**64}
+    assert 15 <= len(validation) <= 70
     assert not validation & set(documents(tmp_path / "a", "train"))  # duplicates stay together
     shuffled = random.Random(1).sample(rows, 300)
     prepare([str(write_rows(tmp_path / "b.csv", shuffled))], tmp_path / "b", tokenizer=model)
@@ -523,7 +523,7 @@ def test_what_is_there_is_kept(tmp_path, model):
     line = problem(
         lambda: prepare([str(source)], out, tokenizer=model, validation_fraction=0.5), "another command"
     )
-    assert "validation_fraction was 0.05, is 0.5" in line
+    assert "validation_fraction was 0.1, is 0.5" in line
     assert digest(out) == before
     write_rows(source, ROWS[:30])
     problem(

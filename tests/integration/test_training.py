@@ -148,7 +148,7 @@ def test_every_optimizer_learns_resumes_and_agrees_between_stages(
         changes: dict[str, Any] = {"optimizer": {"type": kind, "params": params}}
         if kind == "Muon":
             changes |= {
-                "gradient_clipping": None,
+                "gradient_clipping": 0,
                 "zero_optimization": {"stage": stage, "reduce_scatter": stage < 3},
             }
         json_file = deepspeed_json(stage=stage, **changes)
