@@ -1,7 +1,8 @@
-"""The commands. No logic: each reads its flags, calls one function, and turns a Problem into its one line."""
+"""The commands. No logic: each reads its flags and calls one function; `App` makes a failure one line."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -9,47 +10,100 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bigtfm import __version__
-from bigtfm.config.problems import Problem
+from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
 
-app = typer.Typer(
-    help="Trains Transformers under DeepSpeed: the same loss, whatever you change.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+UsageError: Any = typer.BadParameter.__bases__[0]  # click's, whichever click this typer brings
+
+
+class App(typer.Typer):
+    """A typer program of which every failure is one line on stderr and a documented exit code."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **settings
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # text that the terminal has no letters for
+        with one_line(speaks=os.environ.get("LOCAL_RANK", "0") == "0"):
+            try:
+                code = super().__call__(*args, standalone_mode=False, **kwargs)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # what can't be written is to fail here, not in the interpreter's exit
+            except BrokenPipeError:  # whoever read our output has left
+                code, sys.stdout = 1, open(os.devnull, "w", encoding="utf-8")
+        raise SystemExit(code)  # None: 0; 130 after a Ctrl-C
+
+
+app = App(help="Trains Transformers under DeepSpeed: the same loss, whatever you change.")
+
+
+@app.callback(invoke_without_command=True)
+def bigtfm(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
 
 RunConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="Run config (TOML). Default: the quickstart's values.")
+    Path | None,
+    typer.Option("--config", help="Run config, a TOML file. Default: configs/quickstart.toml's values."),
 ]
 DeepSpeedFile = Annotated[
-    Path, typer.Option("--deepspeed_config", help="DeepSpeed JSON, as DeepSpeed documents it.")
+    Path,
+    typer.Option("--deepspeed_config", help="DeepSpeed JSON: batch, precision, optimizer, schedule, ZeRO."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Run config values, e.g. run.steps=1000 (or steps=1000)."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Run config values to replace, e.g. run.steps=1000 (or steps=1000)."
+    ),
 ]
 RunDirectory = Annotated[Path, typer.Option("--run", help="Run directory, e.g. runs/quickstart.")]
 
 
 @contextmanager
 def one_line(run_dir: Path | None = None, *, speaks: bool = True) -> Iterator[None]:
-    """A Problem becomes its line on stderr, failure.json in the run directory, and its exit code."""
+    """A failure becomes its line on stderr, failure.json in the run directory, and its exit code."""
     try:
         yield
-    except Problem as problem:
-        if speaks:
-            print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
-            if run_dir is not None and run_dir.is_dir():
-                _write_failure(run_dir, problem)
-        else:
-            time.sleep(3)  # the rank that speaks must not be killed by its launcher before it has spoken
-        raise SystemExit(problem.exit_code) from None
+        return
+    except Problem as raised:
+        problem = raised
+    except UsageError as error:
+        problem = _usage_problem(error)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        problem = _storage_problem(error)
+    if speaks:
+        print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
+        if run_dir is not None and run_dir.is_dir():
+            _write_failure(run_dir, problem)
+    else:
+        time.sleep(3)  # the rank that speaks must not be killed by its launcher before it has spoken
+    raise SystemExit(problem.exit_code)
+
+
+def _usage_problem(error: Any) -> Problem:
+    """What click says of a wrong flag or argument."""
+    program = error.ctx.command_path if error.ctx is not None else "bigtfm"
+    what = error.format_message().rstrip(".?")
+    return ConfigProblem(what, where="command line", fix=f"see {program} --help")
+
+
+def _storage_problem(error: OSError) -> Problem:
+    """What the system says of a file that nobody thought of."""
+    return StorageProblem(
+        error.strerror or str(error),
+        where=str(error.filename or "output"),
+        fix="check that it is there, its permissions, and the free space",
+    )
 
 
 def _write_failure(run_dir: Path, problem: Problem) -> None:
@@ -72,7 +126,10 @@ def train(
     overrides: Overrides = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
-    """Train, or go on with the run that stands in the run directory; alone or as a rank of any launcher."""
+    """Train, or resume the run that is there.
+
+    Alone it is a job of one process; under deepspeed, torchrun or any other launcher, a rank of its job.
+    """
     from bigtfm.config.launch import Launch
 
     with one_line():
@@ -89,7 +146,9 @@ def train(
 
 def train_alone() -> None:
     """`train` as a program of its own, for launchers that put --local_rank right after a script's name."""
-    typer.run(train)
+    alone = App()
+    alone.command()(train)
+    alone()
 
 
 @app.command()
@@ -97,17 +156,17 @@ def check(
     deepspeed_config: DeepSpeedFile,
     config: RunConfigFile = None,
     overrides: Overrides = None,
-    world_size: Annotated[
-        int, typer.Option(min=1, help="Number of ranks (GPUs) that the job will have.")
-    ] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks that the job will have, one a GPU.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
 ) -> None:
-    """Check both files and the data set, and print what they come to, without training."""
-    with one_line():
-        from bigtfm.check import render
-        from bigtfm.job import check_job
+    """Check a job without starting it.
 
-        resolved = check_job(config, deepspeed_config, overrides or [], world_size).resolved
+    Prints what both files and the data set come to: batch, tokens a step, steps, epochs, parameters.
+    """
+    from bigtfm.check import render
+    from bigtfm.job import check_job
+
+    resolved = check_job(config, deepspeed_config, overrides or [], world_size).resolved
     if as_json:
         print(resolved.to_json(), end="")
     else:
@@ -122,11 +181,11 @@ def prepare(
         list[str] | None,
         typer.Option(
             "--input",
-            help="File (.txt .jsonl .csv .parquet, also .gz), folder, '-' (stdin), 'embedded' (the package's "
-            "corpus), or hf:NAME[@CONFIG][:SPLIT]. May be given more than once. Default: embedded.",
+            help="File (.parquet; .txt .jsonl .csv, also .gz), folder, '-' (stdin), 'embedded' (the corpus "
+            "in the package), or hf:NAME[@CONFIG][:SPLIT]. May be given more than once. Default: embedded.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data/quickstart"),
+    out: Annotated[str, typer.Option(help="Folder of the data set.")] = "data/quickstart",
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -135,42 +194,48 @@ def prepare(
     ] = None,
     vocab_size: Annotated[
         int | None,
-        typer.Option(help="Pieces of the tokenizer to train. Default: what suits the size of the text."),
+        typer.Option(
+            help="Pieces of the tokenizer to train, 260 or more. Default: as suits the text, at most 32768."
+        ),
     ] = None,
     model_type: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe or unigram.")] = "bpe",
-    text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="Column (.csv .parquet) or key (.jsonl) of the text.")
+    ] = "text",
     validation_fraction: Annotated[
-        float, typer.Option(help="Share of the documents that go to validation, chosen by their hash.")
+        float, typer.Option(help="Share of the documents (0 to below 1) for validation, chosen by hash.")
     ] = 0.1,
     document_bytes: Annotated[
         int | None,
         typer.Option(
-            help="Least size in bytes of what a .txt is cut into. Default: 1/100 of the text, 1 to 64 KiB."
+            help="Least bytes of a document that a .txt is cut into. Default: 1/100 of the text, 1 to 64 KiB."
         ),
     ] = None,
-    stdin_format: Annotated[str, typer.Option(help="What '-' is: txt, jsonl or csv.")] = "txt",
-    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
+    stdin_format: Annotated[str, typer.Option(help="Format of '-': txt, jsonl or csv.")] = "txt",
+    workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one a core.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a data set that another command made.")
     ] = False,
 ) -> None:
-    """Turn text into a tokenised, memory-mapped data set. A killed command goes on where it was."""
+    """Turn text into a data set to train on.
+
+    Trains a tokenizer unless one is given. Repeated after a kill, the command goes on where it was.
+    """
     from bigtfm.data.prepare import prepare as run
 
-    with one_line():
-        summary = run(
-            inputs or ["embedded"],
-            out,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            model_type=model_type,  # type: ignore[arg-type]  # checked by prepare itself
-            text_column=text_column,
-            validation_fraction=validation_fraction,
-            document_bytes=document_bytes,
-            stdin_format=stdin_format,
-            workers=workers,
-            force=force,
-        )
+    summary = run(
+        inputs or ["embedded"],
+        out,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        model_type=model_type,  # type: ignore[arg-type]  # checked by prepare itself
+        text_column=text_column,
+        validation_fraction=validation_fraction,
+        document_bytes=document_bytes,
+        stdin_format=stdin_format,
+        workers=workers,
+        force=force,
+    )
     print(summary.line)
 
 
@@ -178,49 +243,53 @@ def prepare(
 def generate(
     run_dir: RunDirectory,
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Text to go on from; may be given more than once.")
+        list[str] | None,
+        typer.Option("--prompt", help="Text to go on from. May be given more than once. Default: none."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")] = 100,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: greedy; 1: the model's own distribution.")
+        float, typer.Option(min=0.0, help="0: the likeliest token; 1: the model's own distribution.")
     ] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")] = 50,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this mass.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample among the likeliest tokens that hold this probability; 1: all."
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling; the same seed, the same text.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt, not plain text.")
+    ] = False,
 ) -> None:
-    """Generate text with the newest checkpoint of a run."""
-    with one_line():
-        from bigtfm.generate import generate as run
-        from bigtfm.run_directory import open_run
+    """Generate text with a run's newest checkpoint."""
+    from bigtfm.generate import generate as run
+    from bigtfm.run_directory import open_run
 
-        model, tokenizer = open_run(run_dir)
-        texts = prompts or [""]
-        ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-        answers = run(
-            model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos_id=tokenizer.eos_id,
-        )
+    model, tokenizer = open_run(run_dir)
+    texts = prompts or [""]
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    answers = run(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+    )
     for text, answer in zip(texts, answers, strict=True):
         continuation = tokenizer.decode(answer)
         print(json.dumps({"prompt": text, "text": continuation}) if as_json else f"{text}{continuation}\n")
 
 
 @app.command()
-def sync(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Send to MLflow what could not be sent while training."""
+def sync(run_dir: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")]) -> None:
+    """Send to MLflow what is not sent yet."""
     from bigtfm.mlflow_mirror import sync as run
 
-    with one_line():
-        print(f"MLflow run {run(run_dir)}")
+    print(f"MLflow run {run(run_dir)}")
 
 
 @app.command()

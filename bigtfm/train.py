@@ -68,8 +68,8 @@ def train(job: Job, launch: Launch) -> None:
             for turn, batch in enumerate(batches):
                 inputs = batch.to(ranks.device).model_inputs()
                 loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * accumulation))
-                # The gradient becomes that of sum(token losses) / labels in the global batch. DeepSpeed averages
-                # over ranks, hence the factor; alone it would average averages.
+                # The gradient of sum(token losses) / labels in the global batch: DeepSpeed averages
+                # over ranks, hence the factor; else it would average averages.
                 engine.backward(loss * (ranks.world_size / max(labels, 1)), scale_wrt_gas=False)
                 loss_sum += loss.detach()
                 if turn == accumulation - 1:

@@ -17,6 +17,7 @@ OWN_LR = {  # schedulers that ignore optimizer.params.lr: the parameter that the
     "OneCycle": "cycle_max_lr",
     "LRRangeTest": "lr_range_test_min_lr",
 }
+MOST_SEQUENCES = 2**31
 ELEMENT_WISE = ("SGD", "Lion")  # not on DeepSpeed's list of optimizers for ZeRO, and exact on any shard
 
 
@@ -64,6 +65,12 @@ RULES = (
         lambda c: c.stated_batch.train_batch_size is None and c.stated_batch.micro_batch is None,
         "neither train_batch_size nor train_micro_batch_size_per_gpu is stated",
         "set train_batch_size, the sequences of one optimizer step over all GPUs",
+    ),
+    Rule(
+        "train_batch_size",
+        lambda c: any(number is not None and number >= MOST_SEQUENCES for number in c.stated_batch),
+        f"it, the micro batch or the accumulation is {MOST_SEQUENCES} or more",
+        "count in sequences, not in tokens",
     ),
     Rule(
         f"{_ZERO}.offload_optimizer",

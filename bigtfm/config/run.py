@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -18,9 +18,18 @@ from pydantic_core import ErrorDetails
 from bigtfm.config.deepspeed_walk import place_of
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 
+LARGEST = 2**63
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and value >= LARGEST:
+                raise ValueError(f"{name} {value} is too large", f"set {name} to less than 2^63")
+        return self
 
 
 class RunSection(Section):
@@ -29,6 +38,7 @@ class RunSection(Section):
     name: str = Field(
         default="quickstart",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,  # a file name has at most 255 bytes
         description="name of the run, and of its folder below `dir`",
     )
     dir: str = Field(
@@ -42,7 +52,7 @@ class RunSection(Section):
         description="optimizer steps at which to stop; unset: the horizon of the DeepSpeed JSON's scheduler",
     )
     seed: int = Field(
-        default=1234, ge=0, lt=2**63, description="seed of the weights, the data order and dropout"
+        default=1234, ge=0, lt=LARGEST, description="seed of the weights, the data order and dropout"
     )
 
 
@@ -297,6 +307,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigProblem("no such file", where=str(path), fix=fix) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigProblem(f"not valid TOML: {error}", where=str(path), fix="correct that line") from None
+    except RecursionError:
+        raise ConfigProblem("nested too deeply", where=str(path), fix="pass a run config") from None
     except (OSError, ValueError) as error:  # a folder, or no UTF-8
         raise ConfigProblem(f"can't be read: {error}", where=str(path), fix="pass a TOML file") from None
 
@@ -340,7 +352,7 @@ def _parse(text: str, annotation: Any) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or brackets without end
         value = text
     if annotation is str and not isinstance(value, str):
         return text  # a run may be called 2024-05-01

@@ -179,14 +179,16 @@ def _rows(span: Span, column: str) -> Iterator[bytes]:
     if span.kind == "parquet":
         groups = list(range(span.start, span.stop))
         file = tables.open_parquet(span.path, column)
-        for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                yield _as_bytes(value, column, where)
+        with tables.parquet_errors(span.path):
+            for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column], use_threads=False):
+                for value in batch.column(0).to_pylist():
+                    yield _as_bytes(value, column, where)
     elif span.kind == "arrow":
         rows = tables.open_arrow(span.path, column)
-        for start in range(span.start, span.stop, ROWS):
-            for value in rows[start : min(start + ROWS, span.stop)][column]:
-                yield _as_bytes(value, column, where)
+        with tables.datasets_errors(span.path):
+            for start in range(span.start, span.stop, ROWS):
+                for value in rows[start : min(start + ROWS, span.stop)][column]:
+                    yield _as_bytes(value, column, where)
     else:
         dataset = tables.open_streamed(span.path, column)
         with tables.datasets_errors(span.path):

@@ -70,6 +70,8 @@ class SplitHeader(_Strict):
             total = sum(getattr(file, name) for file in self.files)
             if getattr(self, name) != total:
                 raise ValueError(f"{name} is {getattr(self, name)}, but the files hold {total}")
+        if self.tokens and (self.max_id < 0 or not self.bytes):
+            raise ValueError(f"{self.tokens} tokens of {self.bytes} bytes with max_id {self.max_id}")
         return self
 
 
@@ -287,7 +289,7 @@ def _parse_header(text: bytes, folder: Path) -> Header:
     where = str(folder / HEADER_NAME)
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataProblem(
             f"the header is no JSON: {error}", where=where, fix=_prepare_again(folder)
         ) from None

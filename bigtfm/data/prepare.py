@@ -104,10 +104,18 @@ def prepare(
         ConfigProblem, DataProblem, StorageProblem: one line each.
     """
     started = time.monotonic()
-    out = Path(out)
     _check_options(
-        inputs, tokenizer, vocab_size, model_type, validation_fraction, document_bytes, stdin_format, workers
+        inputs,
+        out,
+        tokenizer,
+        vocab_size,
+        model_type,
+        validation_fraction,
+        document_bytes,
+        stdin_format,
+        workers,
     )
+    out = Path(out)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     with storage_errors(out), locked(out) as work:
         sources = find_sources(inputs, spool_stdin(work, stdin_format) if "-" in inputs else None)
@@ -141,6 +149,7 @@ def prepare(
 
 def _check_options(
     inputs: Sequence[str],
+    out: str | Path,
     tokenizer: str | Path | None,
     vocab_size: int | None,
     model_type: str,
@@ -154,6 +163,8 @@ def _check_options(
             raise ConfigProblem(what, where="bigtfm prepare", fix=fix)
 
     check(bool(inputs), "no input", "pass --input")
+    check("" not in inputs, "an --input is empty", "pass a file, a folder or '-'")
+    check(str(out) != "", "--out is empty", "pass a folder")
     types, formats = get_args(ModelType), ("txt", "jsonl", "csv")
     check(model_type in types, f"unknown --model-type '{model_type}'", did_you_mean(model_type, types))
     check(
@@ -318,7 +329,8 @@ def _join(
         "options": plan["options"],
     }
     Header.model_validate(header)  # ours to get right: not a user's mistake
-    return json.dumps(header, indent=1, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(header, indent=1, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair, as JSON writes it
 
 
 def _describe(

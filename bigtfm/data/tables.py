@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -11,18 +13,26 @@ from bigtfm.config.problems import DataProblem, did_you_mean
 
 
 def open_parquet(path: str, column: str) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with parquet_errors(path):
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataProblem(
-            f"not a readable parquet file: {error}", where=path, fix="fetch the file again"
-        ) from None
     if column not in file.schema_arrow.names:
         raise no_column(column, file.schema_arrow.names, path)
     return file
+
+
+@contextmanager
+def parquet_errors(path: str) -> Iterator[None]:
+    """Turns what pyarrow raises on a damaged file, when it is opened or later, into one line."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataProblem(
+            f"not a readable parquet file: {error}", where=path, fix="fetch the file again"
+        ) from None
 
 
 def open_arrow(path: str, column: str) -> Any:
@@ -51,6 +61,7 @@ def open_streamed(name: str, column: str) -> Any:
         import datasets
 
         datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
         rows = datasets.load_dataset(match["name"], match["config"], streaming=True)
         split = match["split"] or _only_split(list(rows), name)
         if split not in rows:

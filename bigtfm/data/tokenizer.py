@@ -350,11 +350,15 @@ def _special_names(folder: Path) -> dict[str, str | None]:
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         try:
             values = json.loads(file.read_bytes()) if file.is_file() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataProblem(f"not valid JSON: {error}", where=str(file), fix="restore the file") from None
         for key in ("bos_token", "eos_token"):
-            if value := values.get(key):
-                names[key] = value["content"] if isinstance(value, dict) else value
+            value = values.get(key) if isinstance(values, dict) else values
+            name = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(name, str | None):
+                raise DataProblem(f"{key} is no text", where=str(file), fix="restore the file")
+            if name:
+                names[key] = name
     return names
 
 

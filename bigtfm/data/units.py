@@ -89,7 +89,7 @@ def read_record(job: Job, number: int, chosen: int | None = None) -> Record | No
                 return None
             if (folder / f"{name}.idx").stat().st_size != counts.documents * INDEX_DTYPE.itemsize:
                 return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return record
 

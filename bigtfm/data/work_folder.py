@@ -96,7 +96,7 @@ def continue_or_start(work: Path, plan: dict[str, Any], force: bool) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

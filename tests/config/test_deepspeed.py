@@ -241,7 +241,10 @@ def test_an_auto_horizon_has_to_hold_the_warm_up(load: Load) -> None:
         {"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "betas": [0.9, 0.99]}}},
         {"optimizer": {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9, "nesterov": True}}},
         {"optimizer": {"type": "Lamb", "params": {"lr": 1e-2}}, "zero_optimization": {"stage": 0}},
-        {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 1e-3}}, "gradient_clipping": 0},
+        {
+            "optimizer": {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 1e-3}},
+            "zero_optimization": {"stage": 0},
+        },
         {"optimizer": {"type": "Muon", "params": {"lr": 0.02}}, "zero_optimization": {"stage": 0}},
         {
             "optimizer": {"type": "Muon", "params": {"lr": 0.02}},

@@ -1,0 +1,180 @@
+"""The command line as a contract: its commands and flags are frozen here, its help is quick and complete."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from bigtfm.cli import app
+
+BIGTFM = Path(sys.executable).with_name("bigtfm")
+REQUIRED = "required"
+HEAVY = ("torch", "deepspeed", "mlflow", "datasets", "transformers", "matplotlib", "pyarrow", "sentencepiece")
+
+# Whoever changes this changes what users have in their scripts: say so in CHANGELOG.md.
+FROZEN: dict[str, dict[str, Any]] = {
+    "train": {"--deepspeed_config": REQUIRED, "--config": None, "[KEY=VALUE]...": None, "--local_rank": None},
+    "check": {
+        "--deepspeed_config": REQUIRED,
+        "--config": None,
+        "[KEY=VALUE]...": None,
+        "--world-size": 1,
+        "--json": False,
+    },
+    "prepare": {
+        "--input": None,
+        "--out": "data/quickstart",
+        "--tokenizer": None,
+        "--vocab-size": None,
+        "--model-type": "bpe",
+        "--text-column": "text",
+        "--validation-fraction": 0.1,
+        "--document-bytes": None,
+        "--stdin-format": "txt",
+        "--workers": None,
+        "--force": False,
+    },
+    "generate": {
+        "--run": REQUIRED,
+        "--prompt": None,
+        "--max-new-tokens": 100,
+        "--temperature": 0.8,
+        "--top-k": 50,
+        "--top-p": 1.0,
+        "--seed": 0,
+        "--json": False,
+    },
+    "sync": {"run_dir": REQUIRED},
+    "version": {},
+}
+
+UNITS = {  # of every number: the word that its help has to hold
+    "--world-size": "ranks",
+    "--vocab-size": "pieces",
+    "--validation-fraction": "share of the documents",
+    "--document-bytes": "bytes",
+    "--workers": "processes",
+    "--max-new-tokens": "tokens",
+    "--temperature": "0: the likeliest token",
+    "--top-k": "0: all",
+    "--top-p": "1: all",
+    "--seed": "seed",
+}
+
+
+def commands() -> dict[str, Any]:
+    return typing.cast(Any, typer.main.get_command(app)).commands
+
+
+def flag(parameter: Any) -> str:
+    """--flag, or an argument's name."""
+    if parameter.param_type_name == "option":
+        return str(parameter.opts[0])
+    return str(parameter.metavar or parameter.name)
+
+
+def options() -> list[Any]:
+    """Function and parameter of everything that --help shows."""
+    return [
+        pytest.param(command.callback, parameter, id=f"{name} {flag(parameter)}")
+        for name, command in commands().items()
+        for parameter in command.params
+        if not getattr(parameter, "hidden", False)
+    ]
+
+
+def test_commands_flags_and_defaults_are_frozen() -> None:
+    now = {
+        name: {
+            flag(parameter): REQUIRED if parameter.required else parameter.default
+            for parameter in command.params
+        }
+        for name, command in commands().items()
+    }
+    assert json.loads(json.dumps(now, default=str)) == FROZEN
+
+
+@pytest.mark.parametrize(("function", "parameter"), options())
+def test_every_help_text_states_unit_and_default(function: Any, parameter: Any) -> None:
+    text = (parameter.help or "").lower()
+    assert text, "it says nothing"
+    kind = typing.get_type_hints(function)[parameter.name]
+    numeric = {int, float} & {kind, *typing.get_args(kind)}
+    if numeric:
+        assert UNITS[flag(parameter)] in text
+    is_option = parameter.param_type_name == "option"
+    if is_option and not parameter.required and parameter.default is None:
+        assert "default: " in text, "unset is a default too: say what it means"
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_list_of_commands_shows_each_in_one_whole_sentence(name: str) -> None:
+    shown = run("--help").stdout
+    line = next(line for line in shown.splitlines() if line.split()[:1] == [name])
+    assert line.endswith("."), "cut off: shorten the first sentence"
+    assert "..." not in line
+
+
+def test_help_shows_the_defaults() -> None:
+    shown = " ".join(run("generate", "--help").stdout.split())
+    for default in ("100", "0.8", "50", "1.0"):
+        assert f"[default: {default}" in shown
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        run("--help")
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.5, seconds
+
+
+def test_check_answers_in_two_seconds_without_torch(tiny_data: Path, deepspeed_json: Any) -> None:
+    arguments = ["check", "--deepspeed_config", str(deepspeed_json()), "steps=10", f"data.path={tiny_data}"]
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert json.loads(run(*arguments, "--json").stdout)["steps"] == 10
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 2, seconds
+    assert heavy_modules_of(*arguments) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["version"], ["train", "--help"], ["prepare", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert heavy_modules_of(*arguments) == []
+
+
+def test_generating_imports_torch() -> None:
+    """The control: the look into sys.modules sees what is imported."""
+    assert "torch" in heavy_modules_of("generate", "--run", "nowhere")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([BIGTFM, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def heavy_modules_of(*arguments: str) -> list[str]:
+    """What the command has imported of HEAVY by its end."""
+    program = (
+        "import sys\n"
+        "from bigtfm.cli import app\n"
+        "try:\n"
+        f"    app({list(arguments)!r})\n"
+        "finally:\n"
+        f"    print('heavy', *[name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("heavy"))
