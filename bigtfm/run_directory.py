@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigtfm.config.problems import ConfigProblem, NoCheckpoint
+from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
 from bigtfm.config.run import ModelSection, RunConfig
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
@@ -85,13 +85,21 @@ def open_run(run_dir: Path) -> tuple[GPT, Tokenizer]:
             "no checkpoint", where=str(run_dir), fix="pass the directory of a run that has saved one"
         )
     try:
-        shape = dict(checkpoint.read_state(newest)["progress"]["identity"]["model"])
+        saved = checkpoint.read_state(newest)["progress"]["identity"]
+        shape = dict(saved["model"])
         model = GPT(vocab_size=shape.pop("vocab_size"), config=ModelSection.model_validate(shape))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise NoCheckpoint(
-            f"the checkpoint does not say what its model is ({error})",
+            f"its model can't be built: {error}",
             where=str(newest),
-            fix="use a run of this version",
+            fix="use a run of this version, and a machine with memory for the model",
         ) from None
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    if tokenizer.identity != saved["tokenizer"]:
+        raise DataProblem(
+            "not the tokenizer that the model was trained with",
+            where=str(run_dir / "tokenizer"),
+            fix="put the one of the run's data set back",
+        )
     checkpoint.load_weights(newest, model)
-    return model.eval(), load_tokenizer(run_dir / "tokenizer")
+    return model.eval(), tokenizer

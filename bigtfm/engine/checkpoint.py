@@ -13,16 +13,19 @@ world size loads it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -144,24 +147,72 @@ def _flush_directory(path: Path) -> None:
 
 
 def defect(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None when every file is there with its SHA-256."""
+    """What is wrong with a checkpoint directory; None when every file is there with its SHA-256, and every
+    element of every parameter in one of them.
+    """
+    reading = "manifest.json"
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _read_json(checkpoint / reading)
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
-        for name, expected in manifest["files"].items():
-            path = checkpoint / name
-            if path.parent != checkpoint:
-                return f"{name} is not a plain file name"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    return f"{name} differs from its SHA-256"
+        files = manifest["files"]
+        for name, expected in files.items():
+            if problem := _file_defect(checkpoint, name, expected):
+                return problem
+        for name in ("index.json", "state.json"):
+            if name not in files:
+                return f"manifest.json does not list {name}"
+        reading = "state.json"
+        Progress(**read_state(checkpoint)["progress"])
+        reading = "index.json"
+        return _index_defect(_read_json(checkpoint / reading), files)
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is damaged"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{reading} is damaged"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    _size(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return values
+
+
+def _size(path: Path) -> int:
+    """Bytes of a plain file; a link may lead out of the folder, and reading a pipe would wait for ever."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return status.st_size
+
+
+def _file_defect(checkpoint: Path, name: str, expected: dict[str, Any]) -> str | None:
+    """A file of the manifest, compared with its size and SHA-256."""
+    path = checkpoint / name
+    if path.parent != checkpoint:
+        return f"{name} is not a plain file name"
+    if _size(path) != expected["bytes"]:
+        return f"{name} has {_size(path)} bytes instead of {expected['bytes']}"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            return f"{name} differs from its SHA-256"
+    return None
+
+
+def _index_defect(index: dict[str, Any], files: dict[str, Any]) -> str | None:
+    """Whether the fragments of each parameter hold each of its elements once, in files of the manifest."""
+    for name, entry in index.items():
+        reached = 0
+        for part in sorted(entry["fragments"], key=lambda part: part["start"]):
+            if part["file"] not in files:
+                return f"index.json names {part['file']}, which the manifest does not list"
+            if part["start"] != reached:
+                break
+            reached += part["numel"]
+        if reached != math.prod(entry["shape"]):
+            return f"index.json does not cover {name}"
     return None
 
 
@@ -203,7 +254,7 @@ def newest_for_all(root: Path, ranks: Ranks) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a verified checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return _read_json(checkpoint / "state.json")
 
 
 def load(checkpoint: Path, engine: Any) -> Progress:
@@ -247,7 +298,7 @@ class _Shards:
 
     def __init__(self, checkpoint: Path) -> None:
         self._folder = checkpoint
-        self._index: dict[str, Any] = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))
+        self._index = _read_json(checkpoint / "index.json")
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> _Shards:
@@ -269,14 +320,25 @@ class _Shards:
         return entry
 
     def fill(self, target: torch.Tensor, name: str, key: str, start: int) -> None:
-        """Copies elements start .. start + target.numel() of a parameter's `key` into `target` [n]."""
+        """Copies elements start .. start + target.numel() of a parameter's `key` into `target` [n].
+
+        Raises:
+            NoCheckpoint: a shard does not hold what the index says.
+        """
         stop = start + target.numel()
         for part in self._index[name]["fragments"]:
             low, high = max(start, part["start"]), min(stop, part["start"] + part["numel"])
             if low < high:
-                file = self._open.get(part["file"]) or self._open_shard(part["file"])
-                values = file.get_slice(f"{name}|{key}")[low - part["start"] : high - part["start"]]
-                target[low - start : high - start].copy_(values)
+                try:
+                    file = self._open.get(part["file"]) or self._open_shard(part["file"])
+                    values = file.get_slice(f"{name}|{key}")[low - part["start"] : high - part["start"]]
+                    target[low - start : high - start].copy_(values)
+                except (OSError, SafetensorError, RuntimeError) as error:
+                    raise NoCheckpoint(
+                        f"{part['file']} does not hold {name}|{key} as index.json says: {error}",
+                        where=str(self._folder),
+                        fix="remove this folder: the next start resumes from an earlier one",
+                    ) from None
 
     def _open_shard(self, name: str) -> Any:
         self._open[name] = safe_open(self._folder / name, framework="pt").__enter__()
@@ -285,7 +347,8 @@ class _Shards:
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
     """Deletes all but the newest `keep` checkpoints and the best one, and what a killed save left behind."""
-    kept = sorted(root.glob("step-*"))[-keep:]
+    # By time: after a resume from an earlier step, a later one that was damaged is not the newest.
+    kept = sorted(root.glob("step-*"), key=lambda path: (path.stat().st_mtime_ns, path.name))[-keep:]
     for path in [*root.glob("step-*"), *root.glob(".building-*")]:
         if path not in kept and path.name != f"step-{best_step or 0:08d}":
             shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,114 @@
+"""Checkpoints as files: what verifies, what is chosen, what is kept. (What they hold is tested by training.)"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bigtfm.config.problems import NoCheckpoint
+from bigtfm.engine import checkpoint
+
+
+def write(root: Path, step: int, *, value: float = 1.0) -> Path:
+    """A checkpoint of one 2 x 3 parameter whose elements lie in two shards, as two ranks would have written it."""
+    folder = root / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    whole = torch.arange(6.0) * value
+    save_file({"weight|fp32": whole[:4].clone()}, folder / "shard-00000.safetensors")
+    save_file({"weight|fp32": whole[4:].clone()}, folder / "shard-00001.safetensors")
+    places = (("shard-00000.safetensors", 0, 4), ("shard-00001.safetensors", 4, 2))
+    fragments = [{"file": file, "start": start, "numel": numel} for file, start, numel in places]
+    index = {"weight": {"shape": [2, 3], "keys": ["fp32"], "updates": step, "fragments": fragments}}
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "state.json").write_text(json.dumps({"format": 1, "progress": {"step": step}}))
+    sign(folder)
+    return folder
+
+
+def sign(folder: Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in folder.iterdir()
+        if path.name != "manifest.json"
+    }
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+
+
+class Model(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(*shape))
+
+
+def test_weights_are_put_together_from_all_shards(tmp_path: Path) -> None:
+    model = Model(2, 3)
+    checkpoint.load_weights(write(tmp_path, 1), model)
+    assert model.weight.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
+def test_another_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NoCheckpoint, match=r"weight as \[2, 3\], the model needs \[3, 2\]"):
+        checkpoint.load_weights(write(tmp_path, 1), Model(3, 2))
+
+
+def test_the_newest_that_verifies_is_chosen(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 9), write(tmp_path, 10)
+    assert checkpoint.newest(tmp_path) == newer
+    (newer / "shard-00001.safetensors").unlink()
+    assert checkpoint.newest(tmp_path) == older
+
+
+def test_none_at_all_is_no_problem_and_only_damaged_ones_are(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+    assert checkpoint.newest(tmp_path) is None
+    (write(tmp_path, 3) / "manifest.json").unlink()
+    with pytest.raises(NoCheckpoint, match="manifest.json"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "index.json", "state.json"])
+def test_every_flipped_byte_is_seen(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, 1)
+    sound = (folder / name).read_bytes()
+    assert checkpoint.defect(folder) is None
+    for place in range(len(sound)):
+        (folder / name).write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        assert checkpoint.defect(folder) == f"{name} differs from its SHA-256"
+
+
+def test_truncation_is_seen(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    shard = folder / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "bytes instead of" in (checkpoint.defect(folder) or "")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "files": {"a": 3}}'])
+def test_a_damaged_manifest_is_seen(tmp_path: Path, text: str) -> None:
+    folder = write(tmp_path, 1)
+    (folder / "manifest.json").write_text(text)
+    assert checkpoint.defect(folder)
+
+
+def test_a_manifest_cannot_reach_out_of_its_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"x")
+    files = {"../outside": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    assert "not a plain file name" in (checkpoint.defect(folder) or "")
+
+
+def test_pruning_keeps_the_newest_and_the_best_and_clears_killed_saves(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    shutil.copytree(tmp_path / "step-00000004", tmp_path / ".building-step-00000005")
+    checkpoint.prune(tmp_path, keep=2, best_step=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]

@@ -1,0 +1,160 @@
+"""Every command in README.md and docs/ is run, in a copy of the project, by the order of the text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bigtfm.config.reference import written_into
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = "eval.tokens=2048 track.mlflow=false"
+
+# How a command of a ```bash fence is run: {} is the command itself, to which something may be added.
+AS_IT_STANDS = "{}"
+RUN = {
+    "make quickstart": "make quickstart STEPS=20 ARGS='eval.tokens=2048'",
+    "make test": "make -n test",  # this test is part of it
+    "bigtfm prepare --input my.txt --out data/mine": AS_IT_STANDS,
+    "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
+    "data.path=data/mine run.name=mine": f"{{}} steps=3 {SHORT}",
+    'bigtfm generate --run runs/mine --prompt "Once upon a time" --max-new-tokens 50': AS_IT_STANDS,
+    "deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_configs/zero2_fp32.json --config "
+    "configs/quickstart.toml run.name=two steps=20": f"{{}} steps=3 {SHORT}",
+    "bigtfm check --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
+    "--world-size 2": AS_IT_STANDS,
+    "bigtfm check --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml steps=100 "
+    "model.dropout=0.1 --json": AS_IT_STANDS,
+}
+NOT_RUN = {  # of the ```console fences: what no test here can run, and why
+    "deepspeed --num_gpus 8 launch/train.py --deepspeed_config ds_configs/zero1_bf16.json --config "
+    "configs/gpt_124m.toml": "needs eight GPUs and OpenWebText",
+}
+NO_COMMANDS = {"text", "toml", "json"}  # fences that show something else
+
+
+def fences(document: Path) -> Iterator[tuple[str, str]]:
+    """(language, content) of every fenced block."""
+    text = document.read_text(encoding="utf-8")
+    assert text.count("```") % 2 == 0, f"an open fence in {document.name}"
+    yield from re.findall(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(language: str) -> list[str]:
+    """Every command, in the order of the text; a backslash at a line's end goes on with it."""
+    contents = [content for document in DOCUMENTS for name, content in fences(document) if name == language]
+    lines = "".join(contents).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def test_this_test_knows_every_command_and_no_other() -> None:
+    assert set(commands("bash")) == set(RUN)
+    assert set(commands("console")) == set(NOT_RUN)
+    languages = {name for document in DOCUMENTS for name, _ in fences(document)}
+    assert languages <= {"bash", "console"} | NO_COMMANDS, "a command could hide in such a fence"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
+    missing = [
+        link
+        for link in links
+        if not link.startswith(("http://", "https://")) and not (document.parent / link).exists()
+    ]
+    assert missing == []
+
+
+def test_the_reference_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert text == written_into(text), "run: python -m bigtfm.config.reference docs/configuration.md"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The project's files as a fresh clone has them, and an environment that make takes for complete."""
+    folder = tmp_path / "clone"
+    git = ["git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():  # what is deleted but still known to git is not
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").mkdir()
+    for part in Path(sys.prefix).iterdir():
+        if not part.name.startswith("."):
+            (folder / ".venv" / part.name).symlink_to(part)
+    makefile = (folder / "Makefile").read_text(encoding="utf-8")
+    version = re.search(r"^TORCH_VERSION \?= (\S+)", makefile, flags=re.MULTILINE)
+    assert version is not None
+    for stamp in (".python", f".torch-{version[1]}", ".ready"):
+        (folder / ".venv" / stamp).touch()
+    speech = (folder / "bigtfm/data/corpus/state_of_the_union.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "my.txt").write_text(
+        "\n\n".join(json.loads(line)["text"] for line in speech[:3]), encoding="utf-8"
+    )
+    return folder
+
+
+def run(command: str, folder: Path) -> str:
+    """What `command` prints, in `folder`, as typed by somebody who has the environment first in PATH."""
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTEST"))
+    }
+    environment = inherited | {
+        "PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_the_commands_do_what_the_text_says(clone: Path) -> None:
+    printed = {
+        command: run(RUN[command].format(command), clone) for command in dict.fromkeys(commands("bash"))
+    }
+
+    quickstart = printed["make quickstart"]
+    assert "unigram baseline" in quickstart
+    assert "--num_gpus 2" in quickstart or "step 20/20" in quickstart
+    assert quickstart.splitlines()[-2].startswith("My fellow Americans,"), "it ends with a sample"
+    run_dir = clone / "runs/quickstart"
+    assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
+    mlflow_run = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
+    assert mlflow_run in quickstart
+    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 20
+    assert "pip" not in quickstart, "the environment was there"
+
+    assert "pytest" in printed["make test"]
+    rows = {name: (clone / f"runs/{name}/metrics.jsonl").read_text().splitlines() for name in ("mine", "two")}
+    assert {name: len(lines) for name, lines in rows.items()} == {"mine": 3, "two": 3}
+    generated = next(text for command, text in printed.items() if "generate" in command)
+    assert generated.startswith("Once upon a time")
+    checked = next(text for command, text in printed.items() if command.endswith("--json"))
+    assert json.loads(checked)["steps"] == 100
+
+
+def test_a_command_that_fails_is_noticed(tmp_path: Path) -> None:
+    """The control."""
+    with pytest.raises(AssertionError, match="no such file"):
+        run(f"{Path(sys.executable).with_name('bigtfm')} check --deepspeed_config nope.json", tmp_path)
