@@ -62,8 +62,8 @@ def resolve(
         ConfigProblem: the two files, or one of them and the number of ranks, don't fit together.
         DataProblem: the training split is too short for one sequence.
     """
-    for check in (_evaluates, _recomputes_exactly):
-        check(config, deepspeed)
+    _evaluates(config, deepspeed, dataset)
+    _recomputes_exactly(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)
     padded_vocab_size = config.model.padded_vocab_size(dataset.vocab_size)
@@ -121,7 +121,7 @@ def _buffers_hold(largest: int, deepspeed: DeepSpeedConfig, world_size: int) -> 
         )
 
 
-def _evaluates(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
+def _evaluates(config: RunConfig, deepspeed: DeepSpeedConfig, dataset: TokenDataset) -> None:
     """What waits for evaluations needs some."""
     waiting = {
         "scheduler ReduceOnPlateau": deepspeed.scheduler_type == "ReduceOnPlateau",
@@ -133,6 +133,12 @@ def _evaluates(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
                 f"{what} waits for evaluations, and eval.every is 0: there is one at the end only",
                 where="run config",
                 fix="set eval.every to a number of steps",
+            )
+        if on and not dataset.split("validation").num_tokens:
+            raise ConfigProblem(
+                f"{what} waits for evaluations, and {dataset.path} has no validation split",
+                where="run config",
+                fix="prepare the data set with a --validation-fraction above 0",
             )
 
 

@@ -81,6 +81,14 @@ def one_line(run_dir: Path | None = None, *, speaks: bool = True) -> Iterator[No
         raise
     except OSError as error:
         problem = _storage_problem(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        problem = ConfigProblem(
+            f"out of memory: {error}"[:200],
+            where="this machine",
+            fix="use a smaller micro batch, sequence or model, or compute.recompute=full",
+        )
     if speaks:
         print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
         if run_dir is not None and run_dir.is_dir():
@@ -104,6 +112,12 @@ def _storage_problem(error: OSError) -> Problem:
         where=str(error.filename or "output"),
         fix="check that it is there, its permissions, and the free space",
     )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """NumPy raises a MemoryError; torch a RuntimeError, or one of its kinds, for GPUs and CPUs alike."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def _write_failure(run_dir: Path, problem: Problem) -> None:

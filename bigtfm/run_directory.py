@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
-from bigtfm.config.run import ModelSection, RunConfig
-from bigtfm.data.indexed import TokenDataset
+from bigtfm.config.run import ModelSection
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint
 from bigtfm.evaluate import unigram_bits_per_byte
@@ -18,15 +17,22 @@ from bigtfm.job import Job
 from bigtfm.model.gpt import GPT
 
 
-def identity(run: RunConfig, dataset: TokenDataset) -> dict[str, Any]:
-    """What decides the loss curve beside the DeepSpeed JSON; the keys are those of resume.allow."""
-    return {
+def identity(job: Job) -> dict[str, Any]:
+    """What decides the loss curve; the keys are those of resume.allow."""
+    run, dataset = job.run, job.dataset
+    values = job.deepspeed_values
+    parts = {
         "data": {"sha256": dataset.identity, "seq_len": run.seq_len},
         "tokenizer": dataset.header.tokenizer.identity,
         "model": {**run.model.model_dump(mode="json"), "vocab_size": dataset.vocab_size},
         "objective": run.objective.model_dump(mode="json"),
         "seed": run.run.seed,
+        "recipe": {
+            "global_batch": job.resolved.global_batch,
+            **{key: values.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
+        },
     }
+    return json.loads(json.dumps(parts))  # as it will be read back
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str, ...], run_dir: Path) -> None:

@@ -128,7 +128,7 @@ def held_out(job: Job) -> Loader | None:
 
 def resume(job: Job, engine: Any, ranks: Ranks) -> Progress:
     """Fills the engine from the newest checkpoint of the run directory, if there is one."""
-    now = identity(job.run, job.dataset)
+    now = identity(job)
     found = checkpoint.newest_for_all(job.checkpoints, ranks)
     if found is None:
         return Progress(identity=now)

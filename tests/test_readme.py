@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rank_runner import free_port
 
 from bigtfm.config.reference import written_into
 
@@ -105,6 +106,12 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
+def runnable(command: str) -> str:
+    """The form in which a command is run; a launcher gets a port that no other test run uses."""
+    short = RUN[command].format(command)
+    return re.sub(r"^deepspeed ", f"deepspeed --master_port {free_port()} ", short)
+
+
 def run(command: str, folder: Path) -> str:
     """What `command` prints, in `folder`, as typed by somebody who has the environment first in PATH."""
     inherited = {
@@ -127,16 +134,15 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(900)  # some 70 s where nothing else runs
 @pytest.mark.launcher
 @pytest.mark.slow
 def test_the_commands_do_what_the_text_says(clone: Path) -> None:
-    printed = {
-        command: run(RUN[command].format(command), clone) for command in dict.fromkeys(commands("bash"))
-    }
+    printed = {command: run(runnable(command), clone) for command in dict.fromkeys(commands("bash"))}
 
     quickstart = printed["make quickstart"]
     assert "unigram baseline" in quickstart
-    assert "--num_gpus 2" in quickstart or "step 20/20" in quickstart
+    assert "step 20/20" in quickstart
     assert quickstart.splitlines()[-2].startswith("My fellow Americans,"), "it ends with a sample"
     run_dir = clone / "runs/quickstart"
     assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -52,6 +52,12 @@ class Launch:
                 where="environment",
                 fix="number ranks from 0 to WORLD_SIZE - 1",
             )
+        if not 0 < _number(environ, "MASTER_PORT") < 65536 or not environ["MASTER_ADDR"].strip():
+            raise ConfigProblem(
+                f"MASTER_ADDR={environ['MASTER_ADDR']!r} with MASTER_PORT={environ['MASTER_PORT']} can't be",
+                where="environment",
+                fix="set them to the name of rank 0's machine and a free port from 1 to 65535",
+            )
         return cls(rank, world_size, local, local_world)
 
 

@@ -242,10 +242,11 @@ class TrackSection(Section):
 class ResumeSection(Section):
     """What may change when a run directory is resumed."""
 
-    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective"], ...] = Field(
+    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective", "recipe"], ...] = Field(
         default=(),
         strict=False,
-        description="changes to accept when resuming: data, model, tokenizer, seed, objective",
+        description="changes to accept when resuming: data, model, tokenizer, seed, objective, or recipe "
+        "(the DeepSpeed JSON's optimizer, scheduler, clipping and global batch)",
     )
 
 

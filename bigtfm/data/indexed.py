@@ -181,6 +181,15 @@ class Split:
 
         return _by_file(self._first_documents, documents, look_up)
 
+    def defect(self) -> str | None:
+        """What the SHA-256 can't tell: ids above the header's largest, an index out of order. Reads all."""
+        for file, tokens, starts in zip(self.header.files, self._tokens, self._starts, strict=True):
+            if tokens.max() > self.header.max_id:
+                return f"{file.name} holds id {tokens.max()}, above the header's {self.header.max_id}"
+            if starts[0] != 0 or starts[-1] >= file.tokens or not (starts[:-1] < starts[1:]).all():
+                return f"{file.index} does not lead from document to document"
+        return None
+
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(file, first, last) for each file that [start, stop) touches; positions are the file's own."""
         if not 0 <= start <= stop <= self.num_tokens:
@@ -265,7 +274,7 @@ class TokenDataset:
         raise DataProblem(f"no split '{name}'", where=str(self.path), fix=did_you_mean(name, self._splits))
 
     def verify(self) -> None:
-        """Read every file and compare its SHA-256 with the header's.
+        """Read every file and compare it with the header: its SHA-256, the token ids, the index.
 
         Raises:
             DataProblem: a file differs (the line names it).
@@ -274,6 +283,9 @@ class TokenDataset:
             for file in split.files:
                 _compare(self.path / file.name, file.sha256, self.path)
                 _compare(self.path / file.index, file.index_sha256, self.path)
+        for data in self._splits.values():
+            if what := data.defect():
+                raise DataProblem(what, where=str(self.path), fix=_prepare_again(self.path))
         self._check_tokenizer()
 
     def _check_tokenizer(self) -> None:

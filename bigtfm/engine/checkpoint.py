@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
 
 FORMAT = 1
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass
@@ -280,6 +280,7 @@ def load(checkpoint: Path, engine: Any) -> Progress:
         vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
     for name, value in state["counters"].items():
         setattr(engine, name, value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()  # where an update is due
     return Progress(**state["progress"])
 
 

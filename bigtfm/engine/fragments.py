@@ -10,6 +10,7 @@ ZeRO: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trill
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,10 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def owned_fragments(engine: Any) -> Iterator[Fragment]:
-    """The fragments that this rank keeps. At stage 0 every rank keeps all."""
+    """The fragments that this rank keeps. At stage 0 every rank keeps all.
+
+    A fragment is in memory only until the next one is asked for: with NVMe offload its group is swapped in and out.
+    """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}  # tied ones once
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -62,14 +66,26 @@ def owned_fragments(engine: Any) -> Iterator[Fragment]:
 
 def _stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
     for index, group in enumerate(optimizer.fp16_groups):
-        for parameter in group:
-            _, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = padded * optimizer._get_param_partition_rank(parameter)
-            numel = min(padded, parameter.ds_numel - start)  # the last ranks' shards end in padding
-            if numel > 0:
-                flat, shape = optimizer.fp32_partitioned_groups_flat[index], tuple(parameter.ds_shape)
-                place = optimizer.sub_group_to_group_id[index]
-                yield Fragment(names[id(parameter)], shape, start, numel, flat, offset, place)
+        with _in_memory(optimizer, index):
+            for parameter in group:
+                _, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = padded * optimizer._get_param_partition_rank(parameter)
+                numel = min(padded, parameter.ds_numel - start)  # the last ranks' shards end in padding
+                if numel > 0:
+                    flat, shape = optimizer.fp32_partitioned_groups_flat[index], tuple(parameter.ds_shape)
+                    place = optimizer.sub_group_to_group_id[index]
+                    yield Fragment(names[id(parameter)], shape, start, numel, flat, offset, place)
+
+
+@contextmanager
+def _in_memory(optimizer: Any, index: int) -> Iterator[None]:
+    """A stage-3 group of weights and moments, fetched from NVMe if that is where it lives."""
+    if not optimizer._swappable_optimizer_subgroup(index):
+        yield
+        return
+    optimizer._optimizer_states_and_gradient_swap_in(index)
+    yield
+    optimizer._optimizer_states_and_gradient_swap_out(index)
 
 
 def _mapped(groups: list[Any], flats: list[torch.Tensor], names: dict[int, str]) -> Iterator[Fragment]:
@@ -148,9 +164,9 @@ def weights_follow_masters(engine: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
     with torch.no_grad():
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-                optimizer.fp16_partitioned_groups_flat[index].copy_(flat)
-                optimizer._unflatten_partitioned_parameters(index)
+            for index in range(len(optimizer.fp16_groups)):
+                with _in_memory(optimizer, index):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
                 first = optimizer.persistent_parameters[0]
                 first.partition(optimizer.persistent_parameters)

@@ -1,4 +1,4 @@
-"""Checkpoints as files: what verifies, what is chosen, what is kept. (What they hold is tested by training.)"""
+"""Checkpoints as files: what verifies, what is chosen, what is kept. What they hold is tested by training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigtfm.engine import checkpoint
 
 
 def write(root: Path, step: int, *, value: float = 1.0) -> Path:
-    """A checkpoint of one 2 x 3 parameter whose elements lie in two shards, as two ranks would have written it."""
+    """A checkpoint of one 2 x 3 parameter whose elements lie in two shards, as two ranks would write it."""
     folder = root / f"step-{step:08d}"
     folder.mkdir(parents=True)
     whole = torch.arange(6.0) * value
@@ -69,7 +69,7 @@ def test_none_at_all_is_no_problem_and_only_damaged_ones_are(tmp_path: Path) -> 
     assert checkpoint.newest(tmp_path / "nowhere") is None
     assert checkpoint.newest(tmp_path) is None
     (write(tmp_path, 3) / "manifest.json").unlink()
-    with pytest.raises(NoCheckpoint, match="manifest.json"):
+    with pytest.raises(NoCheckpoint, match=r"manifest\.json"):
         checkpoint.newest(tmp_path)
 
 
@@ -111,4 +111,8 @@ def test_pruning_keeps_the_newest_and_the_best_and_clears_killed_saves(tmp_path:
         write(tmp_path, step)
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".building-step-00000005")
     checkpoint.prune(tmp_path, keep=2, best_step=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000001",
+        "step-00000003",
+        "step-00000004",
+    ]

@@ -12,9 +12,17 @@ from typing import Any
 
 import pytest
 import rank_runner
+import torch
 from conftest import TINY, losses
 
+from bigtfm.config.run import load_run_config
+from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.loader import Loader
+from bigtfm.model.gpt import GPT
+from bigtfm.model.transformer import init_weights
+
 Json = Callable[..., Path]
+pytestmark = pytest.mark.launcher
 
 
 def train(
@@ -87,6 +95,40 @@ def test_accumulation_gives_the_same_losses(
     assert losses(trained(tmp_path, tiny_data, json_file, "steps=20")) == pytest.approx(reference, abs=1e-5)
 
 
+def test_losses_and_gradient_norms_are_those_of_plain_torch(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    """The oracle: the global batch in one forward, the mean over its labels, torch's AdamW and clipping."""
+    run_dir = trained(tmp_path, tiny_data, deepspeed_json(stage=2), "steps=5", world_size=2)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    run = load_run_config(None, [f"data.path={tiny_data}", *TINY])
+    dataset = TokenDataset.open(tiny_data)
+    loader = Loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
+    model = GPT(run.model, dataset.vocab_size, seed=run.run.seed)
+    init_weights(model)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=3e-3
+    )
+    labels = []
+    for step in range(5):
+        batch = loader.batch(8 * step, 8)
+        labels.append([loader.batch(8 * step + 2 * part, 2).num_labels for part in range(4)])
+        loss_sum, count = model(**batch.model_inputs())
+        loss = loss_sum / count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert rows[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert any(len(set(parts)) > 1 for parts in labels), (
+        "micro batches differ in labels, so a mean of means is off"
+    )
+
+
 def test_another_seed_gives_other_losses(
     tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
 ) -> None:
@@ -112,6 +154,15 @@ def test_dropout_does_not_depend_on_ranks(
     )
     assert losses(one) == pytest.approx(losses(other), abs=1e-5)
     assert losses(one) != pytest.approx(reference[:6], abs=1e-3), "dropout does something"
+
+
+def test_a_resume_on_other_ranks_stages_and_accumulations_stays_on_the_curve(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
+) -> None:
+    for steps, stage, world_size, micro_batch in ((5, 2, 2, 1), (10, 3, 1, 2), (15, 0, 2, 4), (20, 1, 1, 8)):
+        json_file = deepspeed_json(stage=stage, train_micro_batch_size_per_gpu=micro_batch)
+        run_dir = trained(tmp_path, tiny_data, json_file, f"steps={steps}", world_size=world_size)
+    assert losses(run_dir) == pytest.approx(reference, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -310,6 +361,18 @@ def test_resuming_as_another_run_is_refused(
     assert finished.code == 64
     assert f"{named} was" in finished.output
     assert "Traceback" not in finished.output
+
+
+def test_resuming_under_another_recipe_is_refused_unless_allowed(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    trained(tmp_path, tiny_data, deepspeed_json(), "steps=2")
+    other = deepspeed_json(optimizer={"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}})
+    finished = train(tmp_path, tiny_data, other, "steps=4")
+    assert finished.code == 64
+    assert "recipe.optimizer was" in finished.output
+    assert "resume.allow=recipe" in finished.output
+    assert len(losses(trained(tmp_path, tiny_data, other, "steps=4", "resume.allow=recipe"))) == 4
 
 
 def test_a_finished_run_says_so(tmp_path: Path, tiny_data: Path, deepspeed_json: Json) -> None:
