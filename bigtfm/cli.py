@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import typer
 from bigtfm import __version__
 from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
 
+SILENCE = 5.0  # seconds; launchers notice an end within one
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, whichever click this typer brings
 
 
@@ -31,7 +33,7 @@ class App(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # text that the terminal has no letters for
-        with one_line(speaks=os.environ.get("LOCAL_RANK", "0") == "0"):
+        with one_line():
             try:
                 code = super().__call__(*args, standalone_mode=False, **kwargs)
                 if sys.stdout is not None:
@@ -68,8 +70,12 @@ RunDirectory = Annotated[Path, typer.Option("--run", help="Run directory, e.g. r
 
 
 @contextmanager
-def one_line(run_dir: Path | None = None, *, speaks: bool = True) -> Iterator[None]:
-    """A failure becomes its line on stderr, failure.json in the run directory, and its exit code."""
+def one_line(run_dir: Path | None = None) -> Iterator[None]:
+    """A failure becomes its line on stderr, failure.json in the run directory, and its exit code.
+
+    What fails on all ranks is said once: the others of a machine wait before they speak, and if the first
+    has the same to say, its end makes their launcher end them in the meantime.
+    """
     try:
         yield
         return
@@ -89,12 +95,12 @@ def one_line(run_dir: Path | None = None, *, speaks: bool = True) -> Iterator[No
             where="this machine",
             fix="use a smaller micro batch, sequence or model, or compute.recompute=full",
         )
-    if speaks:
-        print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
-        if run_dir is not None and run_dir.is_dir():
-            _write_failure(run_dir, problem)
-    else:
-        time.sleep(3)  # the rank that speaks must not be killed by its launcher before it has spoken
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training made it a request to save and stop
+        time.sleep(SILENCE)
+    print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
+    if run_dir is not None and run_dir.is_dir():
+        _write_failure(run_dir, problem)
     raise SystemExit(problem.exit_code)
 
 
@@ -146,12 +152,10 @@ def train(
     """
     from bigtfm.config.launch import Launch
 
-    with one_line():
-        launch = Launch.from_environment(os.environ, local_rank)
-    with one_line(speaks=launch.local_rank == 0):
-        from bigtfm.job import check_job
+    from bigtfm.job import check_job
 
-        job = check_job(config, deepspeed_config, overrides or [], launch.world_size)
+    launch = Launch.from_environment(os.environ, local_rank)
+    job = check_job(config, deepspeed_config, overrides or [], launch.world_size)
     with one_line(job.run.run_dir):
         from bigtfm.train import train as run
 

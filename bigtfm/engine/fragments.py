@@ -48,7 +48,7 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 def owned_fragments(engine: Any) -> Iterator[Fragment]:
     """The fragments that this rank keeps. At stage 0 every rank keeps all.
 
-    A fragment is in memory only until the next one is asked for: with NVMe offload its group is swapped in and out.
+    It is in memory only until the next one is asked for: with NVMe offload a group is swapped in and out.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}  # tied ones once
     optimizer = engine.optimizer

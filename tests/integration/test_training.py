@@ -179,6 +179,23 @@ def test_ten_steps_equal_five_and_five_bitwise(
     assert shard_hashes(parts, 10) != shard_hashes(parts, 5), "the control: another step has other bits"
 
 
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+        {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    ],
+)
+def test_offload_to_the_cpu_gives_the_same_losses_and_resumes(
+    zero: dict[str, Any], tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
+) -> None:
+    for steps in (7, 20):
+        run_dir = trained(
+            tmp_path, tiny_data, deepspeed_json(zero_optimization=zero), f"steps={steps}", world_size=2
+        )
+    assert losses(run_dir) == pytest.approx(reference, abs=1e-5)
+
+
 OPTIMIZERS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "Adam": ({"lr": 3e-3, "adam_w_mode": False, "weight_decay": 0.01}, [0, 1, 2, 3]),
     "Adagrad": ({"lr": 1e-2}, [0, 1, 2, 3]),
@@ -221,6 +238,14 @@ def test_every_optimizer_learns_resumes_and_agrees_between_stages(
         ("WarmupLR", {"warmup_num_steps": 4, "warmup_max_lr": 3e-3}),
         ("WarmupDecayLR", {"warmup_num_steps": 4, "warmup_max_lr": 3e-3, "total_num_steps": 12}),
         ("WarmupCosineLR", {"warmup_num_steps": 4, "total_num_steps": 12}),
+        (
+            "OneCycle",
+            {"cycle_min_lr": 1e-4, "cycle_max_lr": 3e-3, "cycle_first_step_size": 4, "cycle_momentum": False},
+        ),
+        (
+            "LRRangeTest",
+            {"lr_range_test_min_lr": 3e-3, "lr_range_test_step_size": 2, "lr_range_test_step_rate": 1.0},
+        ),
         ("InverseSquareRoot", {"warmup_num_steps": 4}),
         ("WSD", {"warmup_num_steps": 2, "decay_num_steps": 4, "total_num_steps": 12}),
         ("ReduceOnPlateau", {"factor": 0.5, "patience": 1, "warmup_num_steps": 2}),
