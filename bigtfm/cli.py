@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from bigtfm import __version__
-from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
+from bigtfm.config.problems import ConfigProblem, Hang, Problem, known_cause
 
 SILENCE = 5.0  # seconds; launchers notice an end within one
+FAILURE = "failure.json"
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, whichever click this typer brings
 
 
@@ -74,33 +75,23 @@ def one_line(run_dir: Path | None = None) -> Iterator[None]:
     """A failure becomes its line on stderr, failure.json in the run directory, and its exit code.
 
     What fails on all ranks is said once: the others of a machine wait before they speak, and if the first
-    has the same to say, its end makes their launcher end them in the meantime.
+    has the same to say, its end makes their launcher end them in the meantime. A rank that only lost another
+    one speaks if that one has left no failure.json.
     """
     try:
         yield
         return
-    except Problem as raised:
-        problem = raised
-    except UsageError as error:
-        problem = _usage_problem(error)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        problem = _storage_problem(error)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+    except Exception as error:
+        problem = _usage_problem(error) if isinstance(error, UsageError) else known_cause(error)
+        if problem is None:
             raise
-        problem = ConfigProblem(
-            f"out of memory: {error}"[:200],
-            where="this machine",
-            fix="use a smaller micro batch, sequence or model, or compute.recompute=full",
-        )
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training made it a request to save and stop
         time.sleep(SILENCE)
-    print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
-    if run_dir is not None and run_dir.is_dir():
-        _write_failure(run_dir, problem)
+    if not (isinstance(problem, Hang) and run_dir is not None and (run_dir / FAILURE).exists()):
+        print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
+        if run_dir is not None and run_dir.is_dir():
+            _write_failure(run_dir, problem)
     raise SystemExit(problem.exit_code)
 
 
@@ -111,21 +102,6 @@ def _usage_problem(error: Any) -> Problem:
     return ConfigProblem(what, where="command line", fix=f"see {program} --help")
 
 
-def _storage_problem(error: OSError) -> Problem:
-    """What the system says of a file that nobody thought of."""
-    return StorageProblem(
-        error.strerror or str(error),
-        where=str(error.filename or "output"),
-        fix="check that it is there, its permissions, and the free space",
-    )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """NumPy raises a MemoryError; torch a RuntimeError, or one of its kinds, for GPUs and CPUs alike."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
-
-
 def _write_failure(run_dir: Path, problem: Problem) -> None:
     content = {
         "exit_code": problem.exit_code,
@@ -134,7 +110,7 @@ def _write_failure(run_dir: Path, problem: Problem) -> None:
         "fix": problem.fix,
     }
     try:
-        (run_dir / "failure.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (run_dir / FAILURE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError:
         pass  # the line on stderr has said it
 
@@ -151,7 +127,6 @@ def train(
     Alone it is a job of one process; under deepspeed, torchrun or any other launcher, a rank of its job.
     """
     from bigtfm.config.launch import Launch
-
     from bigtfm.job import check_job
 
     launch = Launch.from_environment(os.environ, local_rank)

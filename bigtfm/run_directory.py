@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -53,9 +55,14 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str,
 
 
 def lay_out(job: Job) -> None:
-    """Writes everything but metrics and checkpoints."""
+    """Writes everything but metrics and checkpoints, and keeps other trainings out while this process lives.
+
+    Raises:
+        ConfigProblem: another training is at work in the run directory.
+    """
     folder, validation = job.run.run_dir, job.dataset.header.splits["validation"]
     job.checkpoints.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     if job.config_path is None:
         (folder / "run.toml").write_text(
             "# Started without --config: every value is its default.\n", encoding="utf-8"
@@ -71,6 +78,21 @@ def lay_out(job: Job) -> None:
     (folder / "resolved.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
     shutil.copytree(job.dataset.tokenizer_path, folder / "tokenizer", dirs_exist_ok=True)
     (folder / "failure.json").unlink(missing_ok=True)  # an earlier start's
+
+
+def _claim(folder: Path) -> None:
+    """Locks the run directory. The lock goes with the process, however that ends."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open on purpose
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigProblem(
+            "another training is at work here",
+            where=str(folder),
+            fix="wait until it has ended, or give this one another run.name",
+        ) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ Run = Callable[..., tuple[int, str]]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """The program in an empty folder: arguments -> exit code and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bigtfm.cli.SILENCE", 0)
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
 
@@ -508,7 +512,9 @@ def resume(finished_run: Path, tmp_path: Path, tiny_data: Path) -> Callable[...,
     shutil.copytree(finished_run, tmp_path / "runs" / "run")
     (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
     job = ["--deepspeed_config", "ds.json", f"data.path={tiny_data}", *TINY, "run.name=run", "save.every=1"]
-    return lambda *overrides: rank_runner.run(["train", *job, *overrides], tmp_path)
+    return lambda *overrides, environ=None: rank_runner.run(
+        ["train", *job, *overrides], tmp_path, environ=environ
+    )
 
 
 def _errors(finished: rank_runner.Finished) -> list[str]:
@@ -544,3 +550,35 @@ def test_no_memory_is_one_line(resume: Callable[..., rank_runner.Finished]) -> N
     finished = resume("steps=3", "run.name=large", "model.hidden_size=1000000000")
     assert (finished.code, len(_errors(finished))) == (CONFIG, 1), finished.output
     assert "out of memory" in finished.output
+
+
+@pytest.mark.launcher
+def test_a_port_in_use_is_one_line(resume: Callable[..., rank_runner.Finished], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        environ = {"MASTER_PORT": str(taken.getsockname()[1])}
+        finished = resume("steps=3", environ=environ)
+    assert (finished.code, len(_errors(finished))) == (CONFIG, 1), finished.output
+    assert "the ranks don't meet" in finished.output
+
+
+@pytest.mark.launcher
+def test_two_trainings_in_one_directory(resume: Callable[..., rank_runner.Finished], tmp_path: Path) -> None:
+    with (tmp_path / "runs/run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        finished = resume("steps=3")
+    assert (finished.code, len(_errors(finished))) == (CONFIG, 1), finished.output
+    assert "another training is at work here" in finished.output
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_killed_rank_is_noticed_by_the_other(run: Run, job: list[str], tmp_path: Path) -> None:
+    ranks = rank_runner.start(["train", *job, "steps=100000", "run.name=run"], tmp_path, world_size=2)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs/run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    ranks[1].kill()
+    finished = rank_runner.finish(ranks, tmp_path, timeout=60)
+    assert (finished.code, len(_errors(finished))) == (79, 1), finished.output
+    assert "another rank has ended" in finished.output
+    assert json.loads((tmp_path / "runs/run/failure.json").read_text())["exit_code"] == 79

@@ -74,6 +74,40 @@ class Hang(Problem):
     exit_code = 79
 
 
+def known_cause(error: Exception) -> Problem | None:
+    """What a library's or the system's exception means to the user; None: that is ours to find out."""
+    said, kind = str(error).strip().partition("\n")[0][:200], type(error).__name__
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError):
+        return StorageProblem(
+            error.strerror or said,
+            where=str(error.filename or "output"),
+            fix="check that it is there, its permissions, and the free space",
+        )
+    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
+        return ConfigProblem(
+            f"out of memory: {said}",
+            where="this machine",
+            fix="use a smaller micro batch, sequence or model, or compute.recompute=full",
+        )
+    if kind in ("DistNetworkError", "DistStoreError"):  # torch.distributed's, when ranks meet
+        return ConfigProblem(
+            f"the ranks don't meet: {said}",
+            where="environment",
+            fix="MASTER_ADDR must be rank 0's machine, and MASTER_PORT a port that is free there",
+        )
+    if kind == "DistBackendError" or (isinstance(error, RuntimeError) and "/gloo/" in said):
+        return Hang(
+            f"another rank has ended or can't be reached: {said}",
+            where="communication",
+            fix="see what that rank said; then start the same command again: it resumes",
+        )
+    return None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The fix for an unknown name: the closest known one, or the list of all."""
     known = sorted(known)

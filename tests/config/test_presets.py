@@ -135,9 +135,9 @@ def test_headers_say_what_to_expect(config: Path) -> None:
 def test_steps_stop_earlier_never_later() -> None:
     deepspeed = load_deepspeed_json(ROOT / "ds_configs" / "zero1_fp32.json")
     short = resolve(load_run_config(None, ["steps=20"]), deepspeed, 1, Dataset())  # type: ignore[arg-type]
-    assert (short.steps, short.horizon) == (20, 300)
-    with pytest.raises(ConfigProblem, match=r"run\.steps 301 is larger than .* 300"):
-        resolve(load_run_config(None, ["steps=301"]), deepspeed, 1, Dataset())  # type: ignore[arg-type]
+    assert (short.steps, short.horizon) == (20, 400)
+    with pytest.raises(ConfigProblem, match=r"run\.steps 401 is larger than .* 400"):
+        resolve(load_run_config(None, ["steps=401"]), deepspeed, 1, Dataset())  # type: ignore[arg-type]
 
 
 def test_epochs() -> None:
@@ -201,8 +201,8 @@ def test_the_table_shows_the_truths() -> None:
     for truth in (
         "16 sequences = 4 micro batch x 2 accumulation x 2 ranks",
         "2,048 = 16 x 128",
-        "lr 0.002",
-        "300",
+        "lr 0.0015",
+        "400",
     ):
         assert truth in shown
 

@@ -201,8 +201,8 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "Adagrad": ({"lr": 1e-2}, [0, 1, 2, 3]),
     "SGD": ({"lr": 0.1, "momentum": 0.9}, [0, 1, 2, 3]),
     "Lion": ({"lr": 3e-4, "weight_decay": 0.1}, [0, 1, 2, 3]),
-    "Lamb": ({"lr": 1e-2}, [0]),
-    "Muon": ({"lr": 1e-2}, [0, 3]),
+    "Lamb": ({"lr": 1e-2}, [0, 0]),
+    "Muon": ({"lr": 1e-2}, [0, 3, 0, 3]),
 }
 
 
@@ -210,26 +210,22 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], list[int]]] = {
 def test_every_optimizer_learns_resumes_and_agrees_between_stages(
     kind: str, tmp_path: Path, tiny_data: Path, deepspeed_json: Json
 ) -> None:
+    """Eight steps at stage 0 equal eight that go on from stage to stage, with a resume at each change."""
     params, stages = OPTIMIZERS[kind]
-    curves = {}
-    for stage in stages:
+
+    def json_file(stage: int) -> Path:
         changes: dict[str, Any] = {"optimizer": {"type": kind, "params": params}}
         if kind == "Muon":
-            changes |= {
-                "gradient_clipping": 0,
-                "zero_optimization": {"stage": stage, "reduce_scatter": stage < 3},
-            }
-        json_file = deepspeed_json(stage=stage, **changes)
-        for steps in (4, 8):  # with a resume between
-            run_dir = trained(
-                tmp_path, tiny_data, json_file, f"steps={steps}", world_size=2, name=f"stage-{stage}"
-            )
-        curves[stage] = losses(run_dir)
-        whole = trained(tmp_path, tiny_data, json_file, "steps=8", world_size=2, name=f"whole-{stage}")
-        assert curves[stage] == losses(whole), f"resumed at stage {stage}"
-    assert curves[0][-1] < curves[0][0] - 0.02
-    for stage in stages:
-        assert curves[stage] == pytest.approx(curves[0], abs=2e-5), f"stage {stage}"
+            zero = {"stage": stage, "reduce_scatter": stage < 3}
+            changes |= {"gradient_clipping": 0, "zero_optimization": zero}
+        return deepspeed_json(stage=stage, **changes)
+
+    whole = losses(trained(tmp_path, tiny_data, json_file(0), "steps=8", world_size=2, name="whole"))
+    for part, stage in enumerate(stages, start=1):
+        steps = f"steps={8 * part // len(stages)}"
+        run_dir = trained(tmp_path, tiny_data, json_file(stage), steps, world_size=2, name="parts")
+    assert losses(run_dir) == pytest.approx(whole, abs=2e-5)
+    assert whole[-1] < whole[0] - 0.02
 
 
 @pytest.mark.parametrize(
