@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,7 +65,7 @@ class Console:
     ) -> None:
         self._total, self._start, self._every = total_steps, start_step, every
         self._clock = clock
-        self._stream = sys.stdout if stream is None else stream
+        self._stream = stream or sys.stdout or open(os.devnull, "w")  # stdout may be closed
         self._intervals: deque[float] = deque(maxlen=_MEMORY)
         self._last_step_at: float | None = None
         self._drawn_at = -1.0
@@ -84,7 +86,8 @@ class Console:
         if self._live is not None:
             if now - self._drawn_at >= _REFRESH or step == self._total:
                 self._drawn_at = now
-                self._live.update(self._live_line(step, row), refresh=True)
+                with self._readers_may_leave():
+                    self._live.update(self._live_line(step, row), refresh=True)
         elif step % self._every == 0 or step in (self._start + 1, self._total):
             width = len(str(self._total))
             self._line(f"step {step:{width}}/{self._total}  " + "  ".join(self._figures(step, row)).rstrip())
@@ -138,11 +141,22 @@ class Console:
         return self._terminal.is_terminal and not self._terminal.is_dumb_terminal
 
     def _line(self, text: str, style: str = "") -> None:
-        if self._is_live():
-            self._terminal.print(Text(text, style=style), soft_wrap=True)
-        else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+        with self._readers_may_leave():
+            if self._is_live():
+                self._terminal.print(Text(text, style=style), soft_wrap=True)
+            else:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+
+    @contextmanager
+    def _readers_may_leave(self) -> Iterator[None]:
+        """A closed pipe or a full disk under the output ends the output, not the training."""
+        try:
+            yield
+        except OSError:
+            self._live = None
+            self._stream = open(os.devnull, "w")
+            self._terminal = Terminal(file=self._stream)
 
     def _live_line(self, step: int, row: Mapping[str, Any]) -> Table:
         """A bar that takes what is left of the width, and the figures; too narrow, these are cut."""

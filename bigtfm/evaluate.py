@@ -57,6 +57,12 @@ def _count(split: Split, vocab_size: int) -> NDArray[np.int64]:
     """How often each id is predicted: int64 [vocab_size]."""
     counts = np.zeros(vocab_size, np.int64)
     for tokens, documents in _chunks(split):
+        if tokens.max(initial=0) >= vocab_size:
+            raise DataProblem(
+                f"the {split.name} split has a token id beyond the vocabulary of {vocab_size}",
+                where="data set",
+                fix="prepare it again",
+            )
         counts += np.bincount(tokens, minlength=vocab_size)
         counts -= np.bincount(tokens[documents], minlength=vocab_size)
     return counts

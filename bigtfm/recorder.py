@@ -80,6 +80,7 @@ class Recorder:
         rows = read_metrics(run_dir / "metrics.jsonl")
         evaluated = [row for row in rows if "val_loss" in row][-1:]
         curve = plot_curve(run_dir)
+        mlflow_run = self._mirror.finish() if self._mirror is not None else None
         self._console.summary(
             Summary(
                 run_dir=run_dir,
@@ -93,14 +94,16 @@ class Recorder:
                 best_step=progress.best_step,
                 checkpoint=last_checkpoint,
                 curve=curve,
-                mlflow_run=self._mirror.finish() if self._mirror is not None else None,
-                next_commands=self._next_commands(),
+                mlflow_run=mlflow_run,
+                next_commands=self._next_commands(mlflow_run),
             )
         )
 
-    def _next_commands(self) -> tuple[tuple[str, str], ...]:
+    def _next_commands(self, mlflow_run: str | None) -> tuple[tuple[str, str], ...]:
         run_dir = shlex.quote(str(self._job.run.run_dir))
         commands = [("generate text", f'bigtfm generate --run {run_dir} --prompt "My fellow Americans,"')]
-        if self._job.run.track.mlflow:
+        if mlflow_run is not None:
             commands.append(("see the curves", "make ui"))
+        elif self._mirror is not None:
+            commands.append(("send it to MLflow, which did not answer in time", f"bigtfm sync {run_dir}"))
         return tuple(commands)

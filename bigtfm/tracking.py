@@ -56,6 +56,10 @@ class MetricsLog:
             os.replace(shorter, self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from None
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise StorageProblem(
+                "a line is damaged", where=str(self.path), fix="remove that line, then start again"
+            ) from None
         self._file = self._open()
 
     def close(self) -> None:

@@ -40,10 +40,10 @@ def train(job: Job, launch: Launch) -> None:
     engine = build_engine(partial(make_model, job), job.deepspeed_values, recompute=run.compute.recompute)
     loader = Loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
     validation = held_out(job)
+    progress = resume(job, engine, ranks)
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
             lay_out(job)
-    progress = resume(job, engine, ranks)
     recorder = Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else None
 
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()

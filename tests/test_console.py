@@ -181,3 +181,20 @@ def test_a_pause_does_not_spoil_the_time_left(pause: float, longest: float) -> N
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_output_that_cannot_be_written_ends_nothing(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.setenv("TERM", "xterm")
+    shown = Console(3, every=1, stream=Gone())
+    for step in (1, 2, 3):
+        shown.step({"step": step, "loss": 1.0})
+    shown.warning("nobody reads this")
+    shown.close()

@@ -16,7 +16,7 @@ import torch.distributed
 from safetensors import SafetensorError
 
 from bigtfm.config.launch import RENDEZVOUS, Launch
-from bigtfm.config.problems import ConfigProblem, StorageProblem
+from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,26 @@ class Ranks:
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """If writing fails in the block on any rank, all ranks raise the same: none waits for one that left.
+        """If the block fails on any rank, all ranks raise the same: none waits for one that left.
 
         Raises:
-            StorageProblem
+            StorageProblem: writing failed.
+            Problem: what the block raised.
         """
-        failure = ""
+        failure: Problem | None = None
         try:
             yield
+        except Problem as problem:
+            failure = problem
         except (OSError, SafetensorError) as error:
-            failure = f"rank {self.rank}: {error}"
-        failures = [text for text in self.gather(failure) if text]
-        if failures:
-            raise StorageProblem(
-                f"{doing} failed: {failures[0]}",
+            failure = StorageProblem(
+                f"{doing} failed: rank {self.rank}: {error}",
                 where="storage",
                 fix="free space or mend the disk, then start the same command again: it resumes where it can",
             )
+        for found in self.gather(failure):
+            if found is not None:
+                raise found
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()
@@ -87,6 +90,14 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     if launch.world_size == 1 and "MASTER_PORT" not in os.environ:
         alone = dict(zip(RENDEZVOUS, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
         os.environ.update(alone)  # without them DeepSpeed looks for MPI
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except socket.gaierror as error:
+        raise ConfigProblem(
+            f"MASTER_ADDR {os.environ['MASTER_ADDR']} can't be resolved ({error.strerror})",
+            where="environment",
+            fix="set MASTER_ADDR to the host name or address of rank 0's machine",
+        ) from None
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
     if (
         "OMP_NUM_THREADS" not in os.environ

@@ -244,7 +244,7 @@ def test_every_optimizer_learns_resumes_and_agrees_between_stages(
         ),
         ("InverseSquareRoot", {"warmup_num_steps": 4}),
         ("WSD", {"warmup_num_steps": 2, "decay_num_steps": 4, "total_num_steps": 12}),
-        ("ReduceOnPlateau", {"factor": 0.5, "patience": 1, "warmup_num_steps": 2}),
+        ("ReduceOnPlateau", {"factor": 0.5, "patience": 1, "threshold": 0.5, "warmup_num_steps": 2}),
     ],
 )
 def test_every_schedule_resumes_exactly(
