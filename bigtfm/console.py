@@ -7,11 +7,11 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console as Terminal
 from rich.live import Live
@@ -47,6 +47,37 @@ class Summary:
     next_commands: tuple[tuple[str, str], ...] = ()
 
 
+class _Output:
+    """A stream whose reader may leave or whose disk may fill: that ends the output, not the training."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream  # Python started without stdout has None
+        self.encoding = getattr(stream, "encoding", "utf-8")
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        if self._stream is not None:
+            try:
+                self._stream.write(text)
+            except OSError:
+                self._leave(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except OSError:
+                self._leave(self._stream)
+
+    def _leave(self, stream: TextIO) -> None:
+        self._stream = None
+        with suppress(OSError):  # what is buffered already must not fail again when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Console:
     """Shows steps `start_step` + 1 to `total_steps`.
 
@@ -65,12 +96,14 @@ class Console:
     ) -> None:
         self._total, self._start, self._every = total_steps, start_step, every
         self._clock = clock
-        self._stream = stream or sys.stdout or open(os.devnull, "w")  # stdout may be closed
+        self._stream = _Output(sys.stdout if stream is None else stream)
         self._intervals: deque[float] = deque(maxlen=_MEMORY)
         self._last_step_at: float | None = None
         self._drawn_at = -1.0
-        # rich may be told by its environment (FORCE_COLOR, say) that a file is a terminal: a log stays plain.
-        self._terminal = Terminal(file=self._stream, highlight=False, force_terminal=self._stream.isatty())
+        # FORCE_COLOR and its like tell rich that a file is a terminal: a log stays plain.
+        self._terminal = Terminal(
+            file=cast(IO[str], self._stream), highlight=False, force_terminal=self._stream.isatty()
+        )
         self._live: Live | None = None
         if self._is_live():
             self._live = Live(console=self._terminal, auto_refresh=False, transient=True)
@@ -86,8 +119,7 @@ class Console:
         if self._live is not None:
             if now - self._drawn_at >= _REFRESH or step == self._total:
                 self._drawn_at = now
-                with self._readers_may_leave():
-                    self._live.update(self._live_line(step, row), refresh=True)
+                self._live.update(self._live_line(step, row), refresh=True)
         elif step % self._every == 0 or step in (self._start + 1, self._total):
             width = len(str(self._total))
             self._line(f"step {step:{width}}/{self._total}  " + "  ".join(self._figures(step, row)).rstrip())
@@ -141,22 +173,11 @@ class Console:
         return self._terminal.is_terminal and not self._terminal.is_dumb_terminal
 
     def _line(self, text: str, style: str = "") -> None:
-        with self._readers_may_leave():
-            if self._is_live():
-                self._terminal.print(Text(text, style=style), soft_wrap=True)
-            else:
-                self._stream.write(text + "\n")
-                self._stream.flush()
-
-    @contextmanager
-    def _readers_may_leave(self) -> Iterator[None]:
-        """A closed pipe or a full disk under the output ends the output, not the training."""
-        try:
-            yield
-        except OSError:
-            self._live = None
-            self._stream = open(os.devnull, "w")
-            self._terminal = Terminal(file=self._stream)
+        if self._is_live():
+            self._terminal.print(Text(text, style=style), soft_wrap=True)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
     def _live_line(self, step: int, row: Mapping[str, Any]) -> Table:
         """A bar that takes what is left of the width, and the figures; too narrow, these are cut."""
