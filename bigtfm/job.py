@@ -8,12 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bigtfm.check import Resolved, resolve
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.run import RunConfig, load_run_config
 from bigtfm.data.indexed import TokenDataset
 
-SMALL = 256 * 2**20  # bytes of tokens whose SHA-256 is checked at every start (well under a second)
+VERIFIED_BYTES = 256 * 2**20  # of tokens: up to here SHA-256 is checked at every start, in under a second
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
     run = load_run_config(config, overrides)
     dataset = TokenDataset.open(run.data.path)
     resolved = resolve(run, deepspeed, world_size, dataset)
-    if sum(split.tokens for split in dataset.header.splits.values()) * 4 <= SMALL:
+    tokens = sum(split.tokens for split in dataset.header.splits.values())
+    if tokens * np.dtype(dataset.header.dtype).itemsize <= VERIFIED_BYTES:
         dataset.verify()
     return Job(config, run, deepspeed, dataset, resolved)

@@ -44,9 +44,9 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str,
         if before == value or part in allow:
             continue
         changed = part
-        if isinstance(value, dict) and isinstance(before, dict):
-            name = next(key for key in value if value[key] != before.get(key))
-            changed, before, value = f"{part}.{name}", before.get(name), value[name]
+        while isinstance(value, dict) and isinstance(before, dict):  # down to the first value that differs
+            name = next(key for key in value | before if value.get(key) != before.get(key))
+            changed, before, value = f"{changed}.{name}", before.get(name), value.get(name)
         raise ConfigProblem(
             f"{changed} was {before} when this run was saved and is {value} now",
             where=str(run_dir),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import NoCheckpoint, NumericsProblem, Problem, RequeueRequested
+from bigtfm.config.problems import NoCheckpoint, NumericsProblem, RequeueRequested
 from bigtfm.data.loader import Loader
 from bigtfm.data.order import digest
 from bigtfm.engine import checkpoint, distributed, fragments
@@ -47,15 +47,14 @@ def train(job: Job, launch: Launch) -> None:
     recorder = Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else None
 
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    row: dict[str, Any] = {}
     try:
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
             first = progress.samples + ranks.rank * micro_batch
             stride = ranks.world_size * micro_batch
             batches = [loader.batch(first + turn * stride, micro_batch) for turn in range(accumulation)]
-            labels, stops = ranks.sum([sum(batch.num_labels for batch in batches), stop.signal])
-            if stops:
+            labels, stop_asked = ranks.sum([sum(batch.num_labels for batch in batches), stop.signal])
+            if stop_asked:
                 save(job, engine, progress, ranks)
                 raise RequeueRequested(
                     f"saved at step {progress.step} and stopped by a signal",
@@ -82,7 +81,7 @@ def train(job: Job, launch: Launch) -> None:
             mean_loss = ranks.sum([float(loss_sum)])[0] / max(labels, 1)
             grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
             require_finite(progress.step, mean_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
-            row = {"step": progress.step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+            row: dict[str, Any] = {"step": progress.step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
 
             seconds = time.perf_counter() - began
             last = progress.step == steps
@@ -96,9 +95,9 @@ def train(job: Job, launch: Launch) -> None:
             if last or improved or due(run.save.every, progress.step):
                 save(job, engine, progress, ranks)
         last_checkpoint = finish(job, engine, progress, ranks)
-    except Problem as problem:
+    except BaseException as error:
         if recorder is not None:
-            recorder.close("KILLED" if isinstance(problem, RequeueRequested) else "FAILED")
+            recorder.close("KILLED" if isinstance(error, RequeueRequested) else "FAILED")
         raise
     if recorder is not None:
         recorder.summary(progress, last_checkpoint)

@@ -37,6 +37,8 @@ RUN = {
     "model.dropout=0.1 --json": AS_IT_STANDS,
 }
 NOT_RUN = {  # of the ```console fences: what no test here can run, and why
+    "bigtfm prepare --input hf:Skylion007/openwebtext:train --vocab-size 50257 "
+    "--out data/openwebtext": "downloads 40 GB from the Hugging Face hub",
     "deepspeed --num_gpus 8 launch/train.py --deepspeed_config ds_configs/zero1_bf16.json --config "
     "configs/gpt_124m.toml": "needs eight GPUs and OpenWebText",
 }

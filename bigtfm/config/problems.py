@@ -69,7 +69,7 @@ class NoCheckpoint(Problem):
 
 
 class Hang(Problem):
-    """A rank stopped making progress."""
+    """A rank stopped making progress, or is gone."""
 
     exit_code = 79
 

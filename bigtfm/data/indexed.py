@@ -353,4 +353,5 @@ def _compare(path: Path, sha256: str, folder: Path) -> None:
 def _prepare_again(folder: Path) -> str:
     if (folder / HEADER_NAME).exists():
         return f"write it again with `bigtfm prepare --out {folder} --force` and the same inputs"
-    return f"run `bigtfm prepare --out {folder}` (add --input FILE for your own text)"
+    source = "" if folder.name == "quickstart" else "--input YOUR_TEXT "  # the quickstart's is the default
+    return f"run `bigtfm prepare {source}--out {folder}`"

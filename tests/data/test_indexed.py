@@ -229,7 +229,7 @@ def test_missing_and_cut_files(folder, name):
 def test_missing_data_set_names_the_command(tmp_path):
     with pytest.raises(DataProblem) as caught:
         TokenDataset.open(tmp_path / "nothing")
-    assert f"bigtfm prepare --out {tmp_path / 'nothing'}" in caught.value.fix
+    assert f"bigtfm prepare --input YOUR_TEXT --out {tmp_path / 'nothing'}" in caught.value.fix
     with pytest.raises(DataProblem, match="no finished data set"):
         TokenDataset.open(tmp_path)
 
