@@ -36,9 +36,6 @@ def build_engine(
     config = copy.deepcopy(config)  # initialize() pops from and merges into what it is given
     on_cpu = get_accelerator().device_name() == "cpu"
     _require_precision(config)
-    config["zero_allow_untested_optimizer"] = (
-        True  # the JSON's check has refused what is not the same at every stage
-    )
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage == 3 and recompute == "selective":
@@ -135,9 +132,8 @@ def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.
     known = {name: params[name] for name in ("lr", "betas", "eps", "weight_decay") if name in params}
     if kind == "Lion":
         return partial(pytorch_optimizer.Lion, **known)
-    return partial(
-        pytorch_optimizer.Lamb, max_grad_norm=0.0, **known
-    )  # clipping is the JSON's gradient_clipping
+    # No norm of its own: clipping is the JSON's gradient_clipping.
+    return partial(pytorch_optimizer.Lamb, max_grad_norm=0.0, **known)
 
 
 def _own_schedule(config: dict[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:

@@ -240,16 +240,11 @@ def newest(root: Path) -> Path | None:
 
 def newest_for_all(root: Path, ranks: Ranks) -> Path | None:
     """`newest`, looked for by rank 0 and told to the others."""
-    found: Path | NoCheckpoint | None = None
-    if ranks.rank == 0:
-        try:
+    found: Path | None = None
+    with ranks.together("looking for the newest checkpoint"):
+        if ranks.rank == 0:
             found = newest(root)
-        except NoCheckpoint as problem:
-            found = problem
-    answer = ranks.from_first(found)
-    if isinstance(answer, NoCheckpoint):
-        raise answer
-    return answer
+    return ranks.from_first(found)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

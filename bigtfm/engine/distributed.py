@@ -99,9 +99,7 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
             fix="set MASTER_ADDR to the host name or address of rank 0's machine",
         ) from None
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
-    if (
-        "OMP_NUM_THREADS" not in os.environ
-    ):  # ranks on one machine share its cores instead of fighting for them
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks on one machine share its cores, not fight for them
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
     import deepspeed
     from deepspeed.accelerator import get_accelerator
