@@ -51,7 +51,10 @@ def _allowed(field: dict[str, Any]) -> str:
     if options:
         return ", ".join(f"`{option}`" for option in options)
     if field["type"] == "array":
-        return f"list of {_allowed(field['items'])}"
+        items = field["prefixItems"] if "prefixItems" in field else None
+        return (
+            f"list of {len(items)} {_allowed(items[0])}s" if items else f"list of {_allowed(field['items'])}"
+        )
     bounds = [f"{sign} {_number(field[name])}" for name, sign in BOUNDS.items() if name in field]
     return " ".join([field["type"], " and ".join(bounds)]).strip()
 
