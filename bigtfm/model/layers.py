@@ -1,6 +1,6 @@
 """The layers that every family is made of.
 
-T tokens, C features, F features of the feed-forward layer, H heads, D head size.
+T tokens, C features, F features of the feed-forward layer, H heads, D head size, Q queries, K keys.
 
 Modules hold parameters and nothing else; `torch.empty` parameters, because `init_weights` or a checkpoint
 fills them. Each parameter is used inside the forward of the module that owns it: that is what lets an engine
@@ -10,11 +10,13 @@ gather it just in time.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bigtfm.config.run import ModelSection
 
 
 class Linear(nn.Module):
@@ -42,6 +44,17 @@ class Embedding(nn.Module):
         if x is None:
             return magnitude(self.weight)
         return F.linear(x, self.weight) if project else F.embedding(x, self.weight)
+
+
+class Bias(nn.Module):
+    """x + b, b [features]."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -85,39 +98,74 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class FeedForward(nn.Module):
-    """down(activation(up(x))); swiglu: down(silu(gate) * up), gate and up in one product (Shazeer 2020)."""
+def make_norm(config: ModelSection) -> LayerNorm | RMSNorm:
+    """The normalisation that the config names."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return LayerNorm(config.hidden_size, config.norm_eps, config.bias)
 
-    def __init__(
-        self, hidden_size: int, ffn_size: int, activation: Literal["gelu", "relu", "swiglu"], bias: bool
-    ) -> None:
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
+}
+
+
+class FeedForward(nn.Module):
+    """down(activation(up(x))); gated: down(activation(gate) * up), both in one product (Shazeer 2020)."""
+
+    def __init__(self, config: ModelSection) -> None:
         super().__init__()
-        self.activation = activation
-        if activation == "swiglu":
-            self.gate_up = Linear(hidden_size, 2 * ffn_size, bias)
+        hidden, width = config.hidden_size, config.ffn_size
+        self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
+        if self.gated:
+            self.gate_up = Linear(hidden, 2 * width, config.bias)
         else:
-            self.up = Linear(hidden_size, ffn_size, bias)
-        self.down = Linear(ffn_size, hidden_size, bias)
+            self.up = Linear(hidden, width, config.bias)
+        self.down = Linear(width, hidden, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, C] -> [T, C]
-        if self.activation == "swiglu":
+        if self.gated:
             gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, F] each
-            x = F.silu(gate) * up
+            x = self.activation(gate) * up
         else:
-            x = self.up(x)
-            x = F.relu(x) if self.activation == "relu" else F.gelu(x, approximate="tanh")
+            x = self.activation(self.up(x))
         out: Tensor = self.down(x)
         return out
 
 
-def rotary_angles(position_ids: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    position_ids: Tensor,
+    head_size: int,
+    base: float,
+    scaling: tuple[float, float, float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine, fp32 [T, 1, D/2], of position * base^(-2i/D) (Su et al. 2021, section 3.2.2).
+
+    scaling: (factor, low, high, length) slows the frequencies down as Llama 3.1 does: by `factor` those whose
+    wavelength is over length / low, not at all those under length / high, and gradually in between.
 
     Computed anew in each forward, in fp32 whatever the model's dtype: a table would be rounded with the
     weights.
     """
     exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
-    angles = position_ids[:, None, None].float() * torch.pow(base, -exponent)
+    frequencies = torch.pow(base, -exponent)
+    if scaling is not None:
+        factor, low, high, length = scaling
+        turns = frequencies * (length / (2 * math.pi))  # in the original length
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (share + (1 - share) / factor)
+    angles = position_ids[:, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -128,7 +176,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def sinusoids(position_ids: Tensor, features: int) -> Tensor:
-    """Position encodings, fp32 [T, C]: sin in even, cos in odd features (Vaswani 2017, section 3.5)."""
+    """Position encodings, fp32 [T, C]: the sines, then the cosines (Vaswani et al. 2017, section 3.5).
+
+    The paper interleaves them, its code (tensor2tensor), fairseq and Marian do not: features have no order.
+    """
     exponent = torch.arange(0, features, 2, device=position_ids.device, dtype=torch.float32) / features
     angles = position_ids[:, None].float() * torch.exp(-math.log(10000.0) * exponent)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :features]
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[:, :features]
+
+
+class RelativeBias(nn.Module):
+    """What a head adds to a score, by the distance of query and key (Raffel et al. 2020, section 2.1).
+
+    W [buckets, H]: half of the buckets for one distance each, the others for ranges that grow up to
+    `relative_max_distance`. An encoder's tell keys before a query from keys behind it.
+    """
+
+    def __init__(self, config: ModelSection, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.max_distance = causal, config.relative_max_distance
+        self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_attention_heads))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """Key position - query position, int64 [..., Q, K] -> bias [..., H, Q, K]."""
+        return F.embedding(self._bucket(distance), self.weight).movedim(-1, -3)
+
+    def _bucket(self, distance: Tensor) -> Tensor:
+        buckets, first = self.weight.shape[0], 0  # a partitioned weight is whole inside this forward
+        if self.causal:
+            far = (-distance).clamp(min=0)
+        else:
+            buckets //= 2
+            first, far = (distance > 0) * buckets, distance.abs()
+        exact = buckets // 2
+        growth = torch.log(far.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        ranges = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return first + torch.where(far < exact, far, ranges)

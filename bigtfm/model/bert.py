@@ -1,0 +1,92 @@
+"""BERT: an encoder over packed documents (Devlin et al. 2018; Liu et al. 2019; Warner et al. 2024).
+
+N documents, T tokens of all documents together, M of them labelled, C features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigtfm.model.attention import Documents
+from bigtfm.model.heads import IGNORE, LanguageModel, MaskedHead, NextSentence
+from bigtfm.model.transformer import Stack
+
+
+class BERT(LanguageModel):
+    """Masked-token model; with config.next_sentence also a judge of sentence pairs."""
+
+    def _make_stacks(self) -> None:
+        self.encoder = Stack(self.config, "encoder", seed=self.seed, compute=self.compute)
+        self.mlm_head = MaskedHead(self.config)
+        self.next_sentence = NextSentence(self.config) if self.config.next_sentence else None
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [T] int64
+        labels: Tensor,  # [T] int64, -100: no label
+        position_ids: Tensor,  # [T] int64
+        cu_seqlens: Tensor,  # [N + 1] int32
+        seq_lens: tuple[int, ...],
+        token_keys: Tensor | None = None,  # [T] int64, what dropout depends on; needed where it acts
+        token_type_ids: Tensor | None = None,  # [T] int64: 0 sentence A, 1 sentence B; None: all 0
+        next_sentence_labels: Tensor | None = None,  # [N] int64: 0 B follows A, 1 it does not, -100 no pair
+        l1_scale: float | None = None,  # see `loss`
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of the token losses in nats, fp32 scalar; number of token labels, int64 scalar).
+
+        The sum includes objective.next_sentence times the sum of the pairs' losses: a pair weighs as much as
+        that many hidden tokens, however the batch is split.
+        """
+        pairs = None
+        if next_sentence_labels is not None and self.next_sentence is not None:
+            pairs = labels.new_full(labels.shape, IGNORE)  # at the first token of each document
+            pairs[cu_seqlens[:-1].long()] = next_sentence_labels
+        (documents,), ((input_ids, labels, position_ids, token_keys, token_type_ids, pairs),) = (
+            self.in_good_order(
+                [Documents(cu_seqlens, seq_lens)],
+                [input_ids, labels, position_ids, token_keys, token_type_ids, pairs],
+            )
+        )
+        x = self.hidden(
+            input_ids, position_ids, documents, token_keys=token_keys, token_type_ids=token_type_ids
+        )
+        labelled = (labels != IGNORE).nonzero()[:, 0]  # [M]: the vocabulary is not asked about the others
+        loss_sum, count = self.loss(self.mlm_head(x[labelled]), labels[labelled], l1_scale)
+        if pairs is not None and self.next_sentence is not None:
+            first = documents.cu_seqlens[:-1].long()
+            logits = self.next_sentence(x[first]).float()
+            loss_sum = loss_sum + self.objective.next_sentence * F.cross_entropy(
+                logits, pairs[first], reduction="sum"
+            )
+        return loss_sum, count
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        documents: Documents,
+        *,
+        token_keys: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Features [T, C] behind the last block (and norm); arguments as in `forward`."""
+        out: Tensor = self.encoder(
+            self.embed_tokens(input_ids),
+            position_ids,
+            documents,
+            token_keys=token_keys,
+            token_type_ids=token_type_ids,
+        )
+        return out
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        documents: Documents,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [T, V] of the token at each place; arguments as in `forward`."""
+        x = self.hidden(input_ids, position_ids, documents, token_type_ids=token_type_ids)
+        return self.project(self.mlm_head(x))
