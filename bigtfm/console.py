@@ -124,11 +124,15 @@ class Console:
             width = len(str(self._total))
             self._line(f"step {step:{width}}/{self._total}  " + "  ".join(self._figures(step, row)).rstrip())
 
-    def evaluation(self, step: int, val_loss: float, val_bits_per_byte: float, *, best: bool = False) -> None:
-        """Show an evaluation: nats a token and bits a byte."""
+    def evaluation(
+        self, step: int, val_loss: float, val_bits_per_byte: float | None, *, best: bool = False
+    ) -> None:
+        """Show an evaluation: nats a token and, where every token is predicted, bits a byte."""
         width = len(str(self._total))
         mark = "  best so far" if best else ""
-        losses = f"validation loss {val_loss:.4f}  {val_bits_per_byte:.4f} bits/byte"
+        losses = f"validation loss {val_loss:.4f}"
+        if val_bits_per_byte is not None:
+            losses += f"  {val_bits_per_byte:.4f} bits/byte"
         self._line(f"eval {step:{width}}/{self._total}  {losses}{mark}", style="cyan")
         self._last_step_at = self._clock()  # the time left is that of the steps
 

@@ -369,7 +369,7 @@ class ComputeSection(Section):
         description="attention kernels: auto (the fastest that device and model allow; `bigtfm check` names "
         "it), or one of them",
     )
-    compile: bool = Field(default=False, description="compile the blocks with torch.compile")
+    compile_blocks: bool = Field(default=False, description="compile the blocks with torch.compile")
 
 
 class EvalSection(Section):

@@ -13,7 +13,7 @@ from bigtfm.model.transformer import Cache, Memory, Stack
 
 
 class EncoderDecoder(LanguageModel):
-    """Reads one document, writes another; both stacks and, where tied, the output layer share the embedding."""
+    """Reads a document, writes another; both stacks and, where tied, the output layer share the embedding."""
 
     def _make_stacks(self) -> None:
         self.encoder = Stack(self.config, "encoder", seed=self.seed, compute=self.compute)

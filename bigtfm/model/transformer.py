@@ -48,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class ReadMemory:
-    """Keys and values of a memory for decoding, k and v of each block [B, S, K, D], and its lengths [B] int64."""
+    """A memory's keys and values for decoding: k and v of each block [B, S, K, D], and lengths [B] int64."""
 
     k: list[Tensor]
     v: list[Tensor]

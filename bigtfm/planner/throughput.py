@@ -6,24 +6,42 @@ import re
 import time
 from typing import NamedTuple
 
-from bigtfm.config.run import ModelSection
-from bigtfm.planner.memory import block_matrices
+from bigtfm.config.run import ModelSection, ObjectiveSection
+from bigtfm.planner.memory import block_matrices, cross_matrices
 
 
-def flops_per_token(model: ModelSection, vocab_size: int, seq_len: int) -> int:
+def flops_per_token(
+    model: ModelSection, vocab_size: int, seq_len: int, objective: ObjectiveSection | None = None
+) -> int:
     """FLOPs of one trained token, forward and backward: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
     N: weights of the matrix products, that is of the L blocks and of the output layer over the real
     vocabulary (tied or not); embeddings look up and count nothing, as do biases, norms and activations. Each
     takes 2 operations forward and 4 backward. d: query heads x head size; T: seq_len. The attention term
     counts every pair of positions, as is the convention (nanoGPT, Megatron, PaLM), although a causal kernel
-    computes about half of them and packed documents fewer. Recomputation of activations is work, not
-    progress: it is left out, so the MFU falls when it is on.
+    computes about half of them, a window and packed documents fewer. Recomputation of activations is work,
+    not progress: it is left out, so the MFU falls when it is on.
+
+    A token is one of the text. A bert asks its output layer about the hidden ones alone; an encoder_decoder
+    reads and writes as many as the objective makes of it.
     """
-    block = sum(in_ * out for in_, out in block_matrices(model))
-    weights = model.num_layers * block + vocab_size * model.hidden_size
-    width = model.num_attention_heads * model.head_size
-    return 6 * weights + 12 * model.num_layers * width * seq_len
+    objective = objective or ObjectiveSection()
+    hidden, width = model.hidden_size, model.num_attention_heads * model.head_size
+    block = sum(in_ * out for in_, out, _ in block_matrices(model))
+    output = vocab_size * hidden
+    if model.family == "gpt":
+        return 6 * (model.num_layers * block + output) + 12 * model.num_layers * width * seq_len
+    if model.family == "bert":
+        weights = model.num_layers * block + objective.mask_fraction * (hidden * hidden + output)
+        return round(6 * weights) + 12 * model.num_layers * width * seq_len
+    hidden_share, spans = objective.mask_fraction, objective.mask_fraction / objective.span_length
+    read = 1 - hidden_share + spans
+    written = 1.0 if objective.kind == "infilling" else hidden_share + spans
+    queries, keys_values, out = (in_ * out for in_, out, _ in cross_matrices(model))
+    decoder = written * (block + queries + out) + read * keys_values
+    weights = model.num_layers * read * block + model.decoder_layers * decoder + written * output
+    pairs = model.num_layers * read * read + model.decoder_layers * written * (written + read)
+    return round(6 * weights + 12 * width * seq_len * pairs)
 
 
 class Peak(NamedTuple):

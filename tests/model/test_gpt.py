@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigtfm.config.run import ModelSection
+from bigtfm.config.run import ComputeSection, ModelSection, ObjectiveSection
+from bigtfm.model.attention import Documents
 from bigtfm.model.gpt import GPT
 from bigtfm.model.transformer import init_weights, initial_value
 from bigtfm.planner.memory import count_parameters
@@ -21,9 +22,8 @@ def make(*, vocab_size=VOCAB, seed=0, label_smoothing=0.0, l1=0.0, recompute="no
         ModelSection(**{**SMALL, **shape}),
         vocab_size,
         seed=seed,
-        label_smoothing=label_smoothing,
-        l1=l1,
-        recompute=recompute,
+        objective=ObjectiveSection(label_smoothing=label_smoothing, l1=l1),
+        compute=ComputeSection(recompute=recompute),
     )
     init_weights(model)
     return model
@@ -44,6 +44,12 @@ def batch(seq_lens, seed=0, first_key=0):
         "seq_lens": tuple(seq_lens),
         "token_keys": torch.arange(first_key, first_key + total),
     }
+
+
+def logits_of(model, inputs):
+    return model.logits(
+        inputs["input_ids"], inputs["position_ids"], Documents(inputs["cu_seqlens"], inputs["seq_lens"])
+    )
 
 
 def documents(inputs):
@@ -73,7 +79,7 @@ COMBINATIONS = list(
     itertools.product(
         ["learned", "sinusoidal", "rotary"],
         ["layernorm", "rmsnorm"],
-        ["gelu", "relu", "swiglu"],
+        ["gelu_tanh", "relu", "swiglu"],
         [1, 2, 4],
         [True, False],
     )
@@ -108,14 +114,14 @@ def test_parameter_names_are_the_fields():
     ]
     assert names == [
         "embed_tokens.weight",
-        "embed_positions.weight",
-        "layers.0.attention_norm.weight",
-        "layers.0.attention.qkv.weight",
-        "layers.0.attention.out.weight",
-        "layers.0.mlp_norm.weight",
-        "layers.0.mlp.gate_up.weight",
-        "layers.0.mlp.down.weight",
-        "norm.weight",
+        "decoder.embed_positions.weight",
+        "decoder.layers.0.attention_norm.weight",
+        "decoder.layers.0.attention.qkv.weight",
+        "decoder.layers.0.attention.out.weight",
+        "decoder.layers.0.mlp_norm.weight",
+        "decoder.layers.0.mlp.gate_up.weight",
+        "decoder.layers.0.mlp.down.weight",
+        "decoder.norm.weight",
         "lm_head.weight",
     ]
     assert "lm_head.weight" not in dict(make(tied_embeddings=True).named_parameters())
@@ -150,7 +156,9 @@ def test_documents_do_not_leak():
         lambda _, args, out: captured.append(out) if len(args) == 1 else None
     )
     inputs = batch((5, 6, 5))
-    x = model.hidden(*(inputs[name] for name in ("input_ids", "position_ids", "cu_seqlens", "seq_lens")))
+    x = model.hidden(
+        inputs["input_ids"], inputs["position_ids"], Documents(inputs["cu_seqlens"], inputs["seq_lens"])
+    )
     x[5:11].square().sum().backward(inputs=captured)
     touched = captured[0].grad.abs().sum(-1) > 0
     assert touched.nonzero().flatten().tolist() == list(range(5, 11))
@@ -158,17 +166,14 @@ def test_documents_do_not_leak():
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:5] = (changed["input_ids"][:5] + 1) % VOCAB
     before, after = (
-        model.logits(b["input_ids"], b["position_ids"], b["cu_seqlens"], b["seq_lens"])
+        logits_of(model, b)
         for b in (inputs, changed)
     )
     assert torch.equal(before[5:], after[5:])
     assert not torch.equal(before[:5], after[:5])
 
-    one = {
-        "cu_seqlens": torch.tensor([0, 16]),
-        "seq_lens": (16,),
-    }  # negative control: the same tokens as one document
-    joined = [model.logits(b["input_ids"], b["position_ids"], **one) for b in (inputs, changed)]
+    one = {"cu_seqlens": torch.tensor([0, 16], dtype=torch.int32), "seq_lens": (16,)}  # negative control
+    joined = [logits_of(model, {**b, **one}) for b in (inputs, changed)]
     assert not torch.equal(joined[0][5:], joined[1][5:])
 
 
@@ -242,8 +247,8 @@ def test_initial_weights_are_a_function_of_seed_and_name():
                 parameter[:VOCAB], initial_value(name, tuple(parameter.shape), config, 0)[:VOCAB]
             )
     deeper = dict(make(num_layers=5).named_parameters())
-    assert torch.equal(deeper["layers.1.attention.qkv.weight"], one["layers.1.attention.qkv.weight"])
-    assert not torch.equal(one["layers.0.attention.qkv.weight"], one["layers.1.attention.qkv.weight"])
+    assert torch.equal(deeper["decoder.layers.1.attention.qkv.weight"], one["decoder.layers.1.attention.qkv.weight"])
+    assert not torch.equal(one["decoder.layers.0.attention.qkv.weight"], one["decoder.layers.1.attention.qkv.weight"])
     state = torch.get_rng_state()
     make()
     assert torch.equal(state, torch.get_rng_state())
@@ -251,12 +256,12 @@ def test_initial_weights_are_a_function_of_seed_and_name():
 
 def test_initial_weights_have_the_stated_spread():
     config = ModelSection(**{**SMALL, "init_std": 0.02, "num_layers": 8})
-    plain = initial_value("layers.0.attention.qkv.weight", (256, 256), config, 0)
+    plain = initial_value("decoder.layers.0.attention.qkv.weight", (256, 256), config, 0)
     assert plain.std().item() == pytest.approx(0.02, rel=0.02)
-    for name in ("layers.0.attention.out.weight", "layers.7.mlp.down.weight"):
+    for name in ("decoder.layers.0.attention.out.weight", "decoder.layers.7.mlp.down.weight"):
         assert initial_value(name, (256, 256), config, 0).std().item() == pytest.approx(0.02 / 4, rel=0.02)
-    assert initial_value("layers.0.attention.out.bias", (4,), config, 0).tolist() == [0] * 4
-    assert initial_value("norm.weight", (4,), config, 0).tolist() == [1] * 4
+    assert initial_value("decoder.layers.0.attention.out.bias", (4,), config, 0).tolist() == [0] * 4
+    assert initial_value("decoder.norm.weight", (4,), config, 0).tolist() == [1] * 4
 
 
 def test_init_weights_gathers_each_parameter_by_itself():
@@ -275,9 +280,7 @@ def test_init_weights_gathers_each_parameter_by_itself():
 def test_loss_is_torchs_cross_entropy(smoothing):
     model = make(label_smoothing=smoothing)
     inputs = batch((6, 3, 6))
-    logits = model.logits(
-        inputs["input_ids"], inputs["position_ids"], inputs["cu_seqlens"], inputs["seq_lens"]
-    )
+    logits = logits_of(model, inputs)
     assert logits.shape == (15, VOCAB)
     expected = F.cross_entropy(logits, inputs["labels"], reduction="sum", label_smoothing=smoothing)
     torch.testing.assert_close(model(**inputs)[0], expected)
@@ -321,7 +324,7 @@ def test_l1_gradient_is_exact_for_any_accumulation(tied):
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}]
+    "shape", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True}]
 )
 def test_overfits_one_batch(shape):
     model = make(hidden_size=32, **shape)
@@ -365,19 +368,19 @@ def test_equals_gpt2_of_transformers():
         resid_pdrop=0,
     )
     theirs = transformers.GPT2LMHeadModel(config).train()
-    ours = make(vocab_multiple=1, positions="learned", norm="layernorm", activation="gelu", bias=True)
+    ours = make(vocab_multiple=1, positions="learned", norm="layernorm", activation="gelu_tanh", bias=True)
     state = {
         "embed_tokens.weight": theirs.transformer.wte.weight,
-        "embed_positions.weight": theirs.transformer.wpe.weight,
-        "norm.weight": theirs.transformer.ln_f.weight,
-        "norm.bias": theirs.transformer.ln_f.bias,
+        "decoder.embed_positions.weight": theirs.transformer.wpe.weight,
+        "decoder.norm.weight": theirs.transformer.ln_f.weight,
+        "decoder.norm.bias": theirs.transformer.ln_f.bias,
     }
     for i, block in enumerate(theirs.transformer.h):
         parts = {"attention_norm": block.ln_1, "mlp_norm": block.ln_2, "attention.qkv": block.attn.c_attn}
         parts |= {"attention.out": block.attn.c_proj, "mlp.up": block.mlp.c_fc, "mlp.down": block.mlp.c_proj}
         for name, part in parts.items():
             weight = part.weight.T if part.weight.dim() == 2 else part.weight  # Conv1D keeps [in, out]
-            state |= {f"layers.{i}.{name}.weight": weight, f"layers.{i}.{name}.bias": part.bias}
+            state |= {f"decoder.layers.{i}.{name}.weight": weight, f"decoder.layers.{i}.{name}.bias": part.bias}
     ours.load_state_dict({name: value.detach() for name, value in state.items()})
     assert_same_as_transformers(ours, theirs, theirs.transformer.wte.weight)
 
@@ -399,20 +402,20 @@ def test_equals_llama_of_transformers():
     ours = make(vocab_multiple=1, num_kv_heads=2, ffn_hidden_size=24, tied_embeddings=False)
     state = {
         "embed_tokens.weight": theirs.model.embed_tokens.weight,
-        "norm.weight": theirs.model.norm.weight,
+        "decoder.norm.weight": theirs.model.norm.weight,
         "lm_head.weight": theirs.lm_head.weight,
     }
     for i, layer in enumerate(theirs.model.layers):
         attn, mlp = layer.self_attn, layer.mlp
         state |= {
-            f"layers.{i}.attention_norm.weight": layer.input_layernorm.weight,
-            f"layers.{i}.mlp_norm.weight": layer.post_attention_layernorm.weight,
-            f"layers.{i}.attention.qkv.weight": torch.cat(
+            f"decoder.layers.{i}.attention_norm.weight": layer.input_layernorm.weight,
+            f"decoder.layers.{i}.mlp_norm.weight": layer.post_attention_layernorm.weight,
+            f"decoder.layers.{i}.attention.qkv.weight": torch.cat(
                 [p.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
             ),
-            f"layers.{i}.attention.out.weight": attn.o_proj.weight,
-            f"layers.{i}.mlp.gate_up.weight": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-            f"layers.{i}.mlp.down.weight": mlp.down_proj.weight,
+            f"decoder.layers.{i}.attention.out.weight": attn.o_proj.weight,
+            f"decoder.layers.{i}.mlp.gate_up.weight": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            f"decoder.layers.{i}.mlp.down.weight": mlp.down_proj.weight,
         }
     ours.load_state_dict({name: value.detach() for name, value in state.items()})
     assert_same_as_transformers(ours, theirs, theirs.model.embed_tokens.weight)
@@ -423,9 +426,7 @@ def assert_same_as_transformers(ours, theirs, their_embedding):
     inputs = batch((5, 16, 5))
     loss_sum, num_tokens = ours(**inputs)
     loss_sum.backward()
-    logits = ours.logits(
-        inputs["input_ids"], inputs["position_ids"], inputs["cu_seqlens"], inputs["seq_lens"]
-    )
+    logits = logits_of(ours, inputs)
     their_logits = torch.cat([theirs(one["input_ids"][None]).logits[0] for one in documents(inputs)])
     torch.testing.assert_close(logits, their_logits, atol=1e-5, rtol=1e-5)
     loss = F.cross_entropy(their_logits, inputs["labels"], reduction="sum")

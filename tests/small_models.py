@@ -1,0 +1,106 @@
+"""A small model of each kind and packed random batches for it, for tests of what all families promise."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bigtfm.config.run import ComputeSection, ModelSection, ObjectiveSection
+from bigtfm.model.families import make_model
+from bigtfm.model.transformer import init_weights
+
+VOCAB = 37
+SMALL = {"hidden_size": 16, "num_layers": 3, "num_attention_heads": 4, "max_seq_len": 24, "init_std": 0.2}
+ORIGINAL = {"norm": "layernorm", "norm_order": "post", "activation": "relu", "bias": True}
+KINDS = {
+    "gpt": {"family": "gpt", "num_kv_heads": 2},
+    "gpt-window": {"family": "gpt", "window": 3, "qkv_bias": True},
+    "bert": {**ORIGINAL, "family": "bert", "positions": "learned", "activation": "gelu",
+             "embedding_norm": True, "token_types": 2, "next_sentence": True, "head_bias": True},
+    "modern-bert": {"family": "bert", "norm": "layernorm", "activation": "geglu", "embedding_norm": True,
+                    "window": 2, "global_every": 3, "local_rotary_base": 100.0},
+    "transformer": {**ORIGINAL, "family": "encoder_decoder", "positions": "sinusoidal"},
+    "t5": {"family": "encoder_decoder", "positions": "relative", "activation": "geglu_tanh", "head_dim": 6,
+           "attention_scale": 1.0, "logit_scale": 0.25, "num_decoder_layers": 2, "relative_buckets": 8,
+           "relative_max_distance": 12},
+    "bart": {**ORIGINAL, "family": "encoder_decoder", "positions": "learned", "activation": "gelu",
+             "embedding_norm": True, "head_bias": True, "tied_embeddings": False},
+}  # fmt: skip
+
+
+def make(kind, *, seed=0, recompute="none", attention="sdpa", objective=None, **shape):
+    config = ModelSection(**{**SMALL, **KINDS[kind], **shape})
+    objective = objective or ObjectiveSection(next_sentence=2.0 if config.next_sentence else 0.0)
+    compute = ComputeSection(recompute=recompute, attention=attention)
+    model = make_model(config, VOCAB, seed=seed, objective=objective, compute=compute)
+    init_weights(model)
+    return model
+
+
+def packed(lengths, generator):
+    total, ends = sum(lengths), torch.tensor(lengths).cumsum(0)
+    return {
+        "input_ids": torch.randint(VOCAB, (total,), generator=generator),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+        "cu_seqlens": F.pad(ends, (1, 0)).to(torch.int32),
+        "seq_lens": tuple(lengths),
+    }
+
+
+def batch(model, lengths, seed=0, written=None):
+    """Random documents of these lengths; an encoder-decoder writes `written` (default: one token more)."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = packed(lengths, generator)
+    inputs["token_keys"] = torch.arange(sum(lengths))
+    labelled = lengths
+    if model.config.family == "encoder_decoder":
+        labelled = written or [length % 5 + 1 for length in lengths]
+        decoder = packed(labelled, generator)
+        inputs |= {f"decoder_{name}": value for name, value in decoder.items()}
+        inputs["decoder_token_keys"] = 1000 + torch.arange(sum(labelled))
+    labels = torch.randint(VOCAB, (sum(labelled),), generator=generator)
+    labels[torch.rand(len(labels), generator=generator) < 0.3] = -100
+    inputs["labels"] = labels
+    if model.config.next_sentence:
+        inputs["token_type_ids"] = torch.randint(2, (sum(lengths),), generator=generator)
+        inputs["next_sentence_labels"] = torch.randint(2, (len(lengths),), generator=generator)
+    return inputs
+
+
+def documents(inputs):
+    """The same batch as one batch a document."""
+    parts = []
+    for number, length in enumerate(inputs["seq_lens"]):
+        one = {}
+        for name, value in inputs.items():
+            side = "decoder_" if name.startswith("decoder_") or name == "labels" else ""
+            if f"{side}seq_lens" not in inputs:
+                side = ""
+            start, n = int(inputs[f"{side}cu_seqlens"][number]), inputs[f"{side}seq_lens"][number]
+            if name.endswith("cu_seqlens"):
+                one[name] = torch.tensor([0, n], dtype=torch.int32)
+            elif name.endswith("seq_lens"):
+                one[name] = (n,)
+            elif name == "next_sentence_labels":
+                one[name] = value[number : number + 1]
+            else:
+                one[name] = value[start : start + n]
+        parts.append(one)
+        assert length == one["seq_lens"][0]
+    return parts
+
+
+def gradients(model, *batches, **kwargs):
+    model.zero_grad()
+    losses = [model(**inputs, **kwargs)[0] for inputs in batches]
+    torch.stack(losses).sum().backward()
+    return sum(loss.item() for loss in losses), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(one, other, **tolerance):
+    loss, grads = one
+    assert abs(loss - other[0]) <= 1e-6 * max(1.0, abs(loss)) + tolerance.get("atol", 0)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(
+            gradient, other[1][name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
