@@ -2,6 +2,7 @@
 
 A keyed permutation of range(size) costs no start-up time and no memory at any size, and sample n does not
 depend on world size, workers, batch sizes or interruptions: a checkpoint keeps the count of samples, no more.
+What an objective draws at random is a function in the same way, of a stream's key and an index.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) 
     """
     assert 1 <= size <= MAX_SIZE, f"size {size} is outside 1..2**62"
     assert index.size == 0 or (index.min() >= 0 and index.max() < size), f"an index is outside range({size})"
-    round_keys = _mix(np.array(key, np.uint64, ndmin=1)) + ROUND_STEPS  # [ROUNDS, 1 or n]
+    round_keys = mix64(np.array(key, np.uint64, ndmin=1)) + ROUND_STEPS  # [ROUNDS, 1 or n]
     rows = isqrt(size - 1) + 1
     columns = -(-size // rows)
     out = _feistel(index.astype(np.uint64), rows, columns, round_keys)
@@ -61,7 +62,7 @@ def _shift(
     half: NDArray[np.uint64], other: NDArray[np.uint64], key: NDArray[np.uint64], modulus: np.uint64
 ) -> NDArray[np.uint64]:
     """(half + a hash of `other`) mod modulus: undone by subtracting, so each round is a bijection."""
-    shift = _mix(other + key)
+    shift = mix64(other + key)
     shift >>= np.uint64(32)
     shift *= modulus
     shift >>= np.uint64(32)  # multiply-shift instead of a division: 32 hash bits scaled to [0, modulus)
@@ -70,7 +71,7 @@ def _shift(
     return shift
 
 
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser, in place (Steele, Lea & Flood 2014, constants of Stafford's variant 13)."""
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)
@@ -80,9 +81,27 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z
 
 
+def stream_key(seed: int, name: str) -> int:
+    """The key of the random stream that belongs to `name` under `seed`: 0 to 2**64 - 1."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+def random_bits(index: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
+    """Number `index` of the stream `key`: int64 [n] -> uint64 [n], as splitmix64 counts. No two are equal."""
+    bits = index.astype(np.uint64)
+    bits *= np.uint64(GOLDEN)
+    bits += np.uint64(key)
+    return mix64(bits)
+
+
+def uniform(index: NDArray[np.int64], key: int) -> NDArray[np.float64]:
+    """The same as numbers in [0, 1), multiples of 2**-53."""
+    return (random_bits(index, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def epoch_key(seed: int, epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Keys of epochs' permutations: int64 [n] -> uint64 [n], a splitmix64 that starts at the mixed seed."""
-    return _mix(_mix(np.array([seed], np.uint64)) + epoch.astype(np.uint64) * np.uint64(GOLDEN))
+    return mix64(mix64(np.array([seed], np.uint64)) + epoch.astype(np.uint64) * np.uint64(GOLDEN))
 
 
 def sample_windows(first: int, count: int, size: int, seed: int) -> NDArray[np.int64]:

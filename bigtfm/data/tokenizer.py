@@ -31,6 +31,12 @@ LONGEST_SEGMENT_BYTES = (
 WORD_MARK = (
     "\u2581"  # sentencepiece writes a blank as this character, so the character itself must go as bytes
 )
+BYTE_LEVEL_BLANKS = (
+    "\u0120",
+    "\u010a",
+    "\u010d",
+    "\u0109",
+)  # blank, \n, \r, \t as a byte-level BPE writes them
 _SEGMENT_START = re.compile(rb"\n|(?<! ) ")
 _NEEDS_BYTES = re.compile(
     f"[{WORD_MARK}\udc80-\udcff]+"
@@ -65,6 +71,16 @@ class Tokenizer(Protocol):
     @property
     def lossless(self) -> bool:
         """Whether any bytes come back exactly."""
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids that stand for no text: control, unknown and special tokens."""
+
+    def token_id(self, name: str) -> int | None:
+        """Id of the token of that name, if there is one."""
+
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        """Whether a token begins a word; a blank or line end belongs to the word behind it: [vocab_size]."""
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -194,6 +210,20 @@ class SentencePieceTokenizer:
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._model}
 
+    @property
+    def special(self) -> frozenset[int]:
+        kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
+        return frozenset(i for i in range(self.vocab_size) if any(kind(i) for kind in kinds))
+
+    def token_id(self, name: str) -> int | None:
+        token: int = self._processor.piece_to_id(
+            name
+        )  # of the unknown piece, where there is none of that name
+        return token if self._processor.id_to_piece(token) == name else None
+
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        return np.array([_begins_word(self._processor.id_to_piece(i)) for i in range(self.vocab_size)])
+
     def encode(self, text: str | bytes) -> list[int]:
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         ids: list[int] = self.encode_batch([data])[0].tolist()
@@ -268,6 +298,32 @@ class HuggingFaceTokenizer:
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
 
     @property
+    def special(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        unknown = self.token_id(json.loads(self._model)["model"].get("unk_token") or "")
+        return frozenset(
+            [i for i, token in added if token.special] + [i for i in (unknown,) if i is not None]
+        )
+
+    def token_id(self, name: str) -> int | None:
+        token: int | None = self._tokenizer.token_to_id(name)
+        return token
+
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        parts = json.loads(self._model)
+        prefix = parts["model"].get("continuing_subword_prefix")  # WordPiece's ##
+        byte_level = '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
+        table = np.zeros(self.vocab_size, np.bool_)
+        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if parts["model"]["type"] == "WordLevel":
+                table[i] = True
+            elif prefix:
+                table[i] = not piece.startswith(prefix)
+            else:
+                table[i] = piece.startswith(BYTE_LEVEL_BLANKS) if byte_level else _begins_word(piece)
+        return table
+
+    @property
     def files(self) -> dict[str, bytes]:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._names}
         return {
@@ -335,6 +391,11 @@ def _runs(data: bytes) -> Iterator[tuple[bytes, bool]]:
         end = match.end()
     if end < len(text):
         yield text[end:].encode("utf-8"), False
+
+
+def _begins_word(piece: str) -> bool:
+    """Whether a piece begins with the word mark, or is the byte of a blank, line end or control character."""
+    return piece.startswith(WORD_MARK) or (piece.startswith("<0x") and piece <= "<0x20>")
 
 
 def _keeps_text(processor: Any) -> bool:

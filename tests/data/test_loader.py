@@ -205,8 +205,8 @@ def test_a_data_set_on_disk_gives_the_same_batches(tmp_path, files, dtype):
     write_dataset(tmp_path, memory, files)
     dataset = TokenDataset.open(tmp_path)
     for name, shuffle in (("train", True), ("validation", False)):
-        loader = Loader(dataset.split(name), 100, 4, dataset.vocab_size, shuffle)
-        expected = Loader(memory, 100, 4, VOCAB, shuffle)
+        loader = Loader(dataset.split(name), 100, 4, dataset.vocab_size, shuffle=shuffle)
+        expected = Loader(memory, 100, 4, VOCAB, shuffle=shuffle)
         assert loader.num_windows == expected.num_windows
         for first in range(0, loader.num_windows, 7):
             count = min(7, loader.num_windows - first)

@@ -1,0 +1,84 @@
+"""Between loader and objectives: windows of tokens as they are read, and examples made out of them.
+
+n windows, L positions in each, T positions of all together in N segments. A segment is the part of one
+document that lies in one window. Nothing crosses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtfm.data.order import random_bits
+
+IGNORE = -100  # label of a position that predicts nothing: torch's own ignore_index
+
+
+class Windows(NamedTuple):
+    """Consecutive samples. Only the last one may be shorter than L."""
+
+    rows: NDArray[Any]  # [n, L + 1] token ids: a window and the token after it; zeros behind a short one
+    boundaries: NDArray[np.int64]  # positions, 1 .. T, before which a document ends
+    cu_seqlens: NDArray[np.int64]  # [N + 1]: where segments begin, and T
+    first_key: int  # number of the first sample * L
+    stops: NDArray[np.int64]  # [n]: where the windows end in the stream
+    stream_size: int  # tokens in the whole stream
+    read: Callable[[int, int], NDArray[Any]]  # the stream's tokens from, to
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The windows' tokens [T]."""
+        return self.rows[:, :-1].astype(np.int64).reshape(-1)[: self.cu_seqlens[-1]]
+
+    @property
+    def seq_lens(self) -> NDArray[np.int64]:
+        """Lengths of the segments [N]."""
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+
+    @property
+    def segment_keys(self) -> NDArray[np.int64]:
+        """Sample number * L + offset in the window of each segment's first position [N].
+
+        A segment of l positions owns the keys k .. k + l - 1: what is drawn for it is a function of them.
+        """
+        return self.first_key + self.cu_seqlens[:-1]
+
+
+class Examples(NamedTuple):
+    """What a model reads and has to predict: N documents of T tokens; U tokens of N decoder documents."""
+
+    input_ids: NDArray[np.int64]  # [T]
+    labels: NDArray[np.int64]  # [T], or [U] where there is a decoder
+    num_labels: int
+    seq_lens: NDArray[np.int64] | None = None  # [N], at most the segments' lengths; None: they are
+    token_type_ids: NDArray[np.int64] | None = None  # [T]
+    next_sentence_labels: NDArray[np.int64] | None = None  # [N]
+    decoder_input_ids: NDArray[np.int64] | None = None  # [U]
+    decoder_seq_lens: NDArray[np.int64] | None = None  # [N], at most twice the segments' lengths
+
+
+def within(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of groups one behind the other, each item's place in its group: [N] -> [sum of sizes]."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def places(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """starts[0], starts[0] + 1, ... of each group, one behind the other: [N], [N] -> [sum of sizes]."""
+    return np.repeat(starts, sizes) + within(sizes)
+
+
+def choose(
+    counts: NDArray[np.int64], sizes: NDArray[np.int64], first_keys: NDArray[np.int64], key: int
+) -> NDArray[np.bool_]:
+    """Marks counts[g] of the sizes[g] items of each group, any choice as likely as any other: [sum of sizes].
+
+    Those with the smallest of the random numbers first_keys[g], first_keys[g] + 1, ... of the stream `key`.
+    """
+    bits = random_bits(places(first_keys, sizes), key)
+    order = np.lexsort((bits, np.repeat(np.arange(len(sizes)), sizes)))  # group by group
+    chosen = np.zeros(len(bits), np.bool_)
+    chosen[order] = within(sizes) < np.repeat(counts, sizes)
+    return chosen
