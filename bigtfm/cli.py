@@ -259,7 +259,7 @@ def generate(
     from bigtfm.generate import generate as run
     from bigtfm.run_directory import open_run
 
-    model, tokenizer = open_run(run_dir)
+    model, tokenizer, _ = open_run(run_dir)
     texts = prompts or [""]
     ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     answers = run(

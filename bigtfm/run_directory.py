@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
-from bigtfm.config.run import ModelSection
+from bigtfm.config.run import DataSection, ModelSection, ObjectiveSection, RunConfig
+from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint
 from bigtfm.evaluate import unigram_bits_per_byte
 from bigtfm.job import Job
-from bigtfm.model.gpt import GPT
+from bigtfm.model.families import make_model
+from bigtfm.model.heads import LanguageModel
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -100,8 +102,10 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def open_run(run_dir: Path) -> tuple[GPT, Tokenizer]:
-    """The model of the newest checkpoint (fp32, evaluation mode) and its tokenizer, without DeepSpeed.
+def open_run(run_dir: Path) -> tuple[LanguageModel, Tokenizer, SpecialIds]:
+    """The model of the newest checkpoint (fp32, evaluation mode), its tokenizer and the ids it works with.
+
+    Without DeepSpeed.
 
     Raises:
         NoCheckpoint: there is none, or none verifies.
@@ -114,8 +118,12 @@ def open_run(run_dir: Path) -> tuple[GPT, Tokenizer]:
         )
     try:
         saved = checkpoint.read_state(newest)["progress"]["identity"]
-        shape = dict(saved["model"])
-        model = GPT(vocab_size=shape.pop("vocab_size"), config=ModelSection.model_validate(shape))
+        run = RunConfig(
+            model=ModelSection.model_validate(saved["model"]),
+            data=DataSection(seq_len=saved["data"]["seq_len"]),
+            objective=ObjectiveSection.model_validate(saved["objective"]),
+        )
+        model = make_model(run.model, saved["model"]["vocab_size"], objective=run.objective)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise NoCheckpoint(
             f"its model can't be built: {error}",
@@ -129,5 +137,6 @@ def open_run(run_dir: Path) -> tuple[GPT, Tokenizer]:
             where=str(run_dir / "tokenizer"),
             fix="put the one of the run's data set back",
         )
+    special = special_ids(tokenizer, run)
     checkpoint.load_weights(newest, model)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, special
