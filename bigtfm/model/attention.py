@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bigtfm.model import kernels
 from bigtfm.model.backends import Backend
 from bigtfm.model.randomness import mix32
 
@@ -74,10 +75,19 @@ def attention(
             q, k, v, documents=documents, keys=keys, causal=causal, window=window, scale=scale, bias=bias,
             dropout=dropout,
         )  # fmt: skip
-    q_runs, k_runs = _runs(documents, keys or documents)
+    keys = keys or documents
+    if not groups_by_length(backend):
+        cu_seqlens = (documents.cu_seqlens, keys.cu_seqlens)
+        if backend == "flex":
+            return kernels.flex(q, k, v, cu_seqlens, causal=causal, window=window, scale=scale, bias=bias)
+        assert bias is None, f"{backend} takes no bias"
+        longest = (max(documents.seq_lens), max(keys.seq_lens))
+        return kernels.varlen(
+            q, k, v, cu_seqlens, longest, causal=causal, window=window, scale=scale, backend=backend
+        )
+    q_runs, k_runs = _runs(documents, keys)
     rows = zip(_rows(q, q_runs), _rows(k, k_runs), _rows(v, k_runs), strict=True)
-    with _kernel(backend):
-        return _packed([_sdpa(*qkv, causal, window, scale, bias, backend) for qkv in rows])
+    return _packed([_sdpa(*qkv, causal, window, scale, bias, backend) for qkv in rows])
 
 
 Runs = list[tuple[int, int]]  # (count, length) of neighbouring documents of equal length: each run is a batch
@@ -127,17 +137,20 @@ def _sdpa(
             mask = (mask if hidden is None else mask.masked_fill(hidden, -math.inf))[None]
     group = q.shape[2] // k.shape[2]
     if group > 1 and (mask is not None or q.dtype == torch.float32 or backend == "sdpa_efficient"):
-        # On a GPU flash and cuDNN alone know of groups, and they take neither a mask nor fp32.
+        # On a GPU, flash and cuDNN alone have always known of groups, and flash takes neither mask nor fp32.
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    with _kernel(backend, k.shape[2]):
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out.transpose(1, 2)
 
 
-def _kernel(backend: Backend) -> AbstractContextManager[None]:
+def _kernel(backend: Backend, keys: int) -> AbstractContextManager[None]:
     """Forces one of SDPA's kernels; with plain `sdpa` torch chooses."""
+    if backend == "sdpa_cudnn" and keys == 1:
+        return nullcontext()  # cuDNN takes no single key
     forced = {
         "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
         "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -147,7 +160,7 @@ def _kernel(backend: Backend) -> AbstractContextManager[None]:
     return sdpa_kernel(forced[backend]) if backend in forced else nullcontext()
 
 
-def groups_by_length(backend: Backend) -> bool:
+def groups_by_length(backend: str) -> bool:
     """Whether the backend is faster where documents of equal length are neighbours (see `by_length`)."""
     return backend == "reference" or backend.startswith("sdpa")
 
