@@ -1,0 +1,173 @@
+"""Parity with transformers: the same tokens through our model, packed, and through theirs, padded.
+
+N texts of different lengths, T tokens of them all, S of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtfm.config.problems import NumericsProblem
+from bigtfm.model.attention import Documents
+from bigtfm.model.bert import BERT
+from bigtfm.model.encoder_decoder import EncoderDecoder
+from bigtfm.model.gpt import GPT
+from bigtfm.model.heads import LanguageModel
+from bigtfm.model.hf_files import read_json
+
+TOLERANCE = 1e-5  # of the largest value, or of 1 where that is less
+LONGEST = 512  # tokens of the probe's longest text
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two models are apart on the probe."""
+
+    what: str  # logits or features
+    difference: float  # the largest, absolute
+    largest: float  # absolute value of theirs
+
+    @property
+    def allowed(self) -> float:
+        return TOLERANCE * max(1.0, self.largest)
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.difference:.1e} of {self.what} up to {self.largest:.3g} "
+            f"(at most {self.allowed:.1e})"
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Texts that one stack reads: packed for us, padded for them."""
+
+    lengths: tuple[int, ...]  # N
+    input_ids: Tensor  # [N, S] int64
+    token_types: Tensor  # [N, S] int64: 1 in each text's second half
+    mask: Tensor  # [N, S] bool: no padding
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, Documents]:
+        """input_ids [T], position_ids [T] and where the documents stand."""
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).int()
+        positions = torch.cat([torch.arange(length) for length in self.lengths])
+        return self.input_ids[self.mask], positions, Documents(starts, self.lengths)
+
+
+def require_parity(model: LanguageModel, folder: Path) -> Parity:
+    """Compares our model with the Hugging Face one in `folder`, both in fp32 on the CPU.
+
+    Raises:
+        NumericsProblem: an output differs by more than 1e-5 x max(1, the largest of theirs).
+    """
+    parity = measure(model, folder)
+    if not parity.difference <= parity.allowed:  # NaN is no parity
+        raise NumericsProblem(
+            f"our model and transformers' disagree: {parity}",
+            where=str(folder),
+            fix="report it with the model's config.json; nothing was written",
+        )
+    return parity
+
+
+@torch.inference_mode()
+def measure(model: LanguageModel, folder: Path) -> Parity:
+    """The largest difference between the outputs of our model and of the one in `folder`."""
+    config = read_json(folder / "config.json")
+    name = config["architectures"][0]
+    longest = min(LONGEST, model.config.max_seq_len)
+    vocab_size = min(model.vocab_size, config["vocab_size"])
+    # No padding token stands in the texts: RoBERTa's positions skip it.
+    ids = torch.tensor([i for i in range(vocab_size) if i != config.get("pad_token_id")])
+    read = _probe((longest, longest // 3 + 1, min(7, longest), 1), ids, seed=0)
+    written = None
+    if isinstance(model, EncoderDecoder) and not name.endswith("EncoderModel"):
+        written = _probe((min(5, longest), longest, 1, longest // 2 + 1), ids, seed=1)
+    theirs = _their_outputs(_load(name, folder), read, written, types=model.config.token_types > 1)
+    ours = _our_outputs(model, read, written)
+    differences = []
+    for output, expected in theirs.items():
+        width = min(expected.shape[1], ours[output].shape[1])  # --vocab-size may have changed ours
+        differences.append(float((expected[:, :width] - ours[output][:, :width]).abs().max()))
+    return Parity(
+        "features" if "last_hidden_state" in theirs else "logits",
+        difference=max(differences),
+        largest=max(float(expected.abs().max()) for expected in theirs.values()),
+    )
+
+
+def _probe(lengths: tuple[int, ...], ids: Tensor, seed: int) -> Probe:
+    """Random texts of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.arange(max(lengths))
+    ends = torch.tensor(lengths)[:, None]
+    mask = places < ends  # [N, S]
+    drawn = ids[torch.randint(len(ids), mask.shape, generator=generator)]
+    return Probe(lengths, torch.where(mask, drawn, ids[0]), (2 * places >= ends).long(), mask)
+
+
+def _load(name: str, folder: Path) -> Any:
+    """The model of class `name`, fp32, evaluation mode; quietly."""
+    import transformers
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = getattr(transformers, name).from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            attn_implementation="eager",  # the formula as it is written
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+def _their_outputs(model: Any, read: Probe, written: Probe | None, *, types: bool) -> dict[str, Tensor]:
+    """Their outputs by their names, [T, ...] without the padding; of sentence pairs [N, 2]."""
+    inputs = {"input_ids": read.input_ids, "attention_mask": read.mask.long()}
+    if types:
+        inputs["token_type_ids"] = read.token_types
+    if written is not None:
+        inputs |= {"decoder_input_ids": written.input_ids, "decoder_attention_mask": written.mask.long()}
+    outputs = model(**inputs)
+    mask = (written or read).mask
+    found = {name: outputs[name][mask] for name in _OUTPUTS if name in outputs}
+    if "seq_relationship_logits" in outputs:
+        found["seq_relationship_logits"] = outputs["seq_relationship_logits"]
+    return found
+
+
+_OUTPUTS = ("logits", "prediction_logits", "last_hidden_state")
+
+
+def _our_outputs(model: LanguageModel, read: Probe, written: Probe | None) -> dict[str, Tensor]:
+    """The same of our model."""
+    if isinstance(model, BERT):
+        types = read.token_types[read.mask] if model.config.token_types > 1 else None
+        x = model.hidden(*read.packed, token_type_ids=types)
+        logits = model.project(model.mlm_head(x))
+        outputs = {"last_hidden_state": x, "logits": logits, "prediction_logits": logits}
+        if model.next_sentence is not None:
+            outputs["seq_relationship_logits"] = model.next_sentence(x[read.packed[2].cu_seqlens[:-1].long()])
+        return outputs
+    if isinstance(model, GPT):
+        x = model.hidden(*read.packed)
+    else:
+        assert isinstance(model, EncoderDecoder)
+        memory = model.encode(*read.packed)
+        x = memory.features if written is None else model.hidden(*written.packed, memory=memory)
+    return {"last_hidden_state": x, "logits": model.project(x)}
