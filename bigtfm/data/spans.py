@@ -25,7 +25,7 @@ Ints = NDArray[np.int64]
 def span_sizes(lengths: Ints, options: ObjectiveSection) -> tuple[Ints, Ints]:
     """Hidden tokens, and the spans they form, in texts of the given lengths: [N] -> [N], [N].
 
-    As in T5's random_spans_noise_mask; none in a text of less than two tokens.
+    As T5's random_spans_noise_mask counts them; none in a text of less than two tokens.
     """
     hidden = np.rint(lengths * options.mask_fraction).astype(np.int64)
     hidden = np.maximum(np.minimum(np.maximum(hidden, 1), lengths - 1), 0)
@@ -41,8 +41,9 @@ def span_corruption(
     encoder  Thank you <0> me to your party <1> week
     decoder  <0> for inviting <1> last EOS
 
-    Text begins with a kept span and ends with a hidden one, so there is no closing sentinel; EOS ends the
-    target, as in T5's code. Where there is nothing to hide the decoder reads its start token, without label.
+    EOS ends the target, without a sentinel before it. Spans don't touch; otherwise any place is as likely as
+    any other. (T5's code lets every text end with a hidden span: a short one would only ever lose its end.)
+    Where there is nothing to hide the decoder reads its start token, without label.
     """
     tokens, begins = windows.tokens, windows.cu_seqlens[:-1]
     starts, lengths = text_of(windows, tokens, special)
@@ -52,8 +53,9 @@ def span_corruption(
     hidden[places(starts, lengths)] = _noise(
         lengths, hidden_counts, span_counts, windows.first_key + starts, seed
     )
-    opens = hidden.copy()  # where a span begins; a kept token stands before each
+    opens = hidden.copy()  # where a span begins
     opens[1:] &= ~hidden[:-1]
+    opens[starts[lengths > 0]] = hidden[starts[lengths > 0]]
     sentinels = np.array(special.sentinels)[within(span_counts)]  # of all spans
 
     kept = ~hidden | opens
@@ -130,10 +132,13 @@ def text_of(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, 
 
 def _noise(lengths: Ints, hidden: Ints, spans: Ints, keys: Ints, seed: int) -> NDArray[np.bool_]:
     """Which tokens of the flat text are hidden: kept and hidden spans in turn, of random lengths."""
-    kept_spans = _cut(lengths - hidden, spans, keys, stream_key(seed, "spans: kept"))
-    hidden_spans = _cut(hidden, spans, keys, stream_key(seed, "spans: hidden"))
-    turns = np.stack([kept_spans, hidden_spans], axis=1).reshape(-1)
-    return np.repeat(np.arange(len(turns)) % 2 == 1, turns)
+    is_hidden = within(2 * spans + 1) % 2 == 1
+    edge = within(spans + 1)
+    edges = (edge == 0).astype(np.int64) + (edge == np.repeat(spans, spans + 1))  # these may hold no token
+    turns = np.empty(len(is_hidden), np.int64)
+    turns[is_hidden] = _cut(hidden, spans, keys, stream_key(seed, "spans: hidden"))
+    turns[~is_hidden] = _cut(lengths - hidden + 2, spans + 1, keys, stream_key(seed, "spans: kept")) - edges
+    return np.repeat(is_hidden, turns)
 
 
 def _cut(lengths: Ints, counts: Ints, keys: Ints, key: int) -> Ints:

@@ -8,32 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_split import MemorySplit
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.indexed import Header, TokenDataset
 from bigtfm.data.loader import BLOCK, Batch, Loader
 
 VOCAB = 1000
-
-
-class MemorySplit:
-    """A split in memory: documents of the given lengths (BOS and EOS included); neighbours differ."""
-
-    name = "train"
-
-    def __init__(self, lengths, vocab_size=VOCAB, dtype=np.uint16):
-        self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-        self.num_tokens = int(np.sum(lengths))
-        self.tokens = (np.arange(self.num_tokens) * 7 % vocab_size).astype(dtype)
-
-    def read(self, start, stop):
-        return self.tokens[start:stop]
-
-    def documents_before(self, positions):
-        return np.searchsorted(self.starts, positions)
-
-    def document_positions(self, documents):
-        return self.starts[documents]
 
 
 def oracle(split, window, seq_len, sample):
