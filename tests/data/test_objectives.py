@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -524,6 +525,29 @@ def test_corrupted_spans_hold_the_text_and_have_t5s_sizes():
         assert read[: len(head)] + read[len(read) - len(tail) :] == head + tail
         seen += len(sentinels) > 3
     assert seen > 20
+
+
+@pytest.mark.parametrize("variant", ["pairs", "span_corruption", "infilling"])
+def test_a_tokenizer_without_bos(variant):
+    """A document then begins with EOS, too."""
+    split = random_split(longest=25)
+    split.tokens[split.tokens == BOS] = EOS
+    kind, values = VARIANTS[variant]
+    objective = make_objective(ObjectiveSection(**values), kind, replace(SPECIAL, bos=EOS), 5)
+    batch = Loader(split, 24, 5, VOCAB, objective, shuffle=False).batch(0, 60)
+    plain = make_loader(split, 24, "causal_lm", shuffle=False).batch(0, 60)
+    for n, tokens in enumerate(plain.input_ids.split(plain.seq_lens)):
+        if variant == "span_corruption":
+            read, target = segment(batch, "", n)[0], segment(batch, "decoder_", n)[1]
+            assert target == [IGNORE] or EOS not in target[:-1]
+            assert restored(read, target)[0] == tokens.tolist()
+    if variant == "infilling":
+        assert torch.equal(batch.labels, plain.input_ids)
+    ends = int((plain.input_ids == EOS).sum())
+    if variant != "pairs":
+        assert int((batch.input_ids == EOS).sum()) == ends  # none is hidden
+    else:
+        assert batch.seq_lens == plain.seq_lens
 
 
 def partition_chi_square(cut):
