@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bigtfm.config.deepspeed import DeepSpeedConfig
 from bigtfm.config.problems import ConfigProblem, DataProblem
@@ -35,10 +35,12 @@ class Resolved:
     train_tokens: int  # tokens in the training split
     steps_per_epoch: float
     epochs: float  # passes over the training split
+    family: str
+    objective: str
     parameters: int  # shared ones counted once
-    vocab_size: int
+    vocab_size: int  # tokens that the model knows
     padded_vocab_size: int  # rows of the embedding
-    precision: str  # fp32, bf16 or fp16
+    precision: Literal["fp32", "bf16", "fp16"]
     zero_stage: int
     offload_optimizer: str  # none, cpu or nvme
     offload_param: str
@@ -54,9 +56,9 @@ class Resolved:
 
 
 def resolve(
-    config: RunConfig, deepspeed: DeepSpeedConfig, world_size: int, dataset: TokenDataset
+    config: RunConfig, deepspeed: DeepSpeedConfig, world_size: int, dataset: TokenDataset, vocab_size: int
 ) -> Resolved:
-    """Everything that follows from both files, the number of ranks and the data set.
+    """Everything that follows from both files, the number of ranks, the data set and the model's vocabulary.
 
     Raises:
         ConfigProblem: the two files, or one of them and the number of ranks, don't fit together.
@@ -66,9 +68,9 @@ def resolve(
     _recomputes_exactly(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)
-    padded_vocab_size = config.model.padded_vocab_size(dataset.vocab_size)
-    matrices = [(padded_vocab_size, config.model.hidden_size), *block_matrices(config.model)]
-    _buffers_hold(max(rows * columns for rows, columns in matrices), deepspeed, world_size)
+    padded_vocab_size = config.model.padded_vocab_size(vocab_size)
+    largest = max(matrix.in_ * matrix.out for matrix in block_matrices(config.model))
+    _buffers_hold(max(largest, padded_vocab_size * config.model.hidden_size), deepspeed, world_size)
     tokens_per_step = global_batch * config.seq_len
     train_tokens = dataset.split("train").num_tokens
     if train_tokens <= config.seq_len:  # the label of a position is the token after it
@@ -91,8 +93,10 @@ def resolve(
         train_tokens=train_tokens,
         steps_per_epoch=train_tokens / tokens_per_step,
         epochs=steps * tokens_per_step / train_tokens,
-        parameters=count_parameters(config.model, dataset.vocab_size),
-        vocab_size=dataset.vocab_size,
+        family=config.model.family,
+        objective=config.objective_kind,
+        parameters=count_parameters(config.model, vocab_size),
+        vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
         precision=deepspeed.precision,
         zero_stage=deepspeed.zero_stage,
@@ -158,8 +162,8 @@ def _recomputes_exactly(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
         )
 
 
-def render(resolved: Resolved) -> Table:
-    """The same for reading, as a table that rich can print."""
+def render(resolved: Resolved, attention: str) -> Table:
+    """The same for reading, as a table that rich can print; `attention`: the backend of this machine."""
     from rich.table import Table
 
     r = resolved
@@ -174,13 +178,14 @@ def render(resolved: Resolved) -> Table:
         "training tokens": f"{r.train_tokens:,}",
         "steps per epoch": f"{r.steps_per_epoch:,.1f}",
         "epochs": f"{r.epochs:,.2f}",
-        "parameters": f"{r.parameters:,}",
+        "model": f"{r.family}, {r.objective}, {r.parameters:,} parameters",
         "vocabulary": f"{r.vocab_size:,} (padded to {r.padded_vocab_size:,})",
         "precision": r.precision,
         "ZeRO stage": ", ".join([str(r.zero_stage), *offload]),
         "optimizer": f"{r.optimizer}, lr {r.lr:g}, {r.scheduler or 'constant'}",
         "clipping": f"gradient norm {r.gradient_clipping:g}" if r.gradient_clipping else "none",
         "recompute": str(r.recompute),
+        "attention here": attention,
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():

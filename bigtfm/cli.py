@@ -159,13 +159,17 @@ def check(
     from bigtfm.check import render
     from bigtfm.job import check_job
 
-    resolved = check_job(config, deepspeed_config, overrides or [], world_size).resolved
+    job = check_job(config, deepspeed_config, overrides or [], world_size)
     if as_json:
-        print(resolved.to_json(), end="")
+        print(job.resolved.to_json(), end="")
     else:
         from rich.console import Console
 
-        Console().print(render(resolved))
+        try:
+            attention = job.attention.reason
+        except ConfigProblem as problem:  # the job may be meant for another machine
+            attention = f"{problem.what}. Fix: {problem.fix}"
+        Console().print(render(job.resolved, attention))
 
 
 @app.command()
@@ -234,16 +238,29 @@ def prepare(
 
 @app.command()
 def generate(
+    context: typer.Context,
     run_dir: RunDirectory,
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="Text to go on from. May be given more than once. Default: none."),
+        typer.Option(
+            "--prompt",
+            help="Text to go on from; for an encoder, with [MASK] or <mask> where a token is to be found, or "
+            "<extra_id_0>, <extra_id_1>, ... where a span is (span_corruption). May be given more than once. "
+            "Default: none.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")] = 100,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0: the likeliest token; 1: the model's own distribution.")
     ] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Sample among this many likeliest tokens; 0: all. Of a bert: how many alternatives --json "
+            "lists for a mask, 5 unless given.",
+        ),
+    ] = 50,
     top_p: Annotated[
         float,
         typer.Option(
@@ -251,30 +268,48 @@ def generate(
         ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling; the same seed, the same text.")] = 0,
+    num_beams: Annotated[
+        int, typer.Option(min=1, help="Beams of a beam search, which draws nothing at random; 1: sampling.")
+    ] = 1,
+    length_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Beam search ranks by log-probability / tokens^this; the larger, the longer the answers."
+        ),
+    ] = 1.0,
+    num_return_sequences: Annotated[
+        int, typer.Option(min=1, help="Answers to a prompt: samples, or the best of beam search.")
+    ] = 1,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a prompt, not plain text.")
+        bool, typer.Option("--json", help="Print one JSON object an answer, not plain text.")
     ] = False,
 ) -> None:
-    """Generate text with a run's newest checkpoint."""
-    from bigtfm.generate import generate as run
+    """Answer prompts with a run's newest checkpoint.
+
+    A gpt goes on from the prompt, a bert fills its masks in, an encoder_decoder writes what its sentinels
+    stand for, or the whole text anew (infilling).
+    """
+    from bigtfm.prompts import Settings, answers
     from bigtfm.run_directory import open_run
 
-    model, tokenizer, _ = open_run(run_dir)
-    texts = prompts or [""]
-    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-    answers = run(
-        model,
-        ids,
+    settings = Settings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        eos_id=tokenizer.eos_id,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        num_return_sequences=num_return_sequences,
     )
-    for text, answer in zip(texts, answers, strict=True):
-        continuation = tokenizer.decode(answer)
-        print(json.dumps({"prompt": text, "text": continuation}) if as_json else f"{text}{continuation}\n")
+    for answer in answers(*open_run(run_dir), prompts or [""], settings, _given(context)):
+        print(json.dumps(answer.record) if as_json else f"{answer.shown}\n")
+
+
+def _given(context: typer.Context) -> list[str]:
+    """The parameters that were set on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 @app.command()

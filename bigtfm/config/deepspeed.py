@@ -10,7 +10,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bigtfm.config.deepspeed_rules import ELEMENT_WISE, RULES
 from bigtfm.config.deepspeed_schema import CLIPPING_DEFAULT, Key, Table
@@ -59,9 +59,9 @@ class DeepSpeedConfig:
         return number
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
         """fp32, bf16 or fp16."""
-        return next((name for name in ("bf16", "fp16") if self.enabled(name)), "fp32")
+        return "bf16" if self.enabled("bf16") else "fp16" if self.enabled("fp16") else "fp32"
 
     @property
     def grad_accum_dtype(self) -> str:

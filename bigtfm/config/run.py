@@ -371,6 +371,15 @@ class ComputeSection(Section):
     )
     compile_blocks: bool = Field(default=False, description="compile the blocks with torch.compile")
 
+    @model_validator(mode="after")
+    def _compiles(self) -> ComputeSection:
+        if self.compile_blocks and self.recompute == "selective":
+            raise ValueError(
+                "compute.recompute selective can't look into compiled blocks",
+                "set recompute to none, full or a number, or compile_blocks to false",
+            )
+        return self
+
 
 class EvalSection(Section):
     """Evaluation on the validation split while training."""

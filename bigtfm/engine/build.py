@@ -17,14 +17,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.run import ComputeSection
 from bigtfm.engine import fragments, schedules
-from bigtfm.model.transformer import init_weights
+from bigtfm.model.transformer import compile_blocks, init_weights
 
 OWN_SCHEDULES = {"InverseSquareRoot", "WSD", "ReduceOnPlateau"}
 
 
 def build_engine(
-    make_model: Callable[[], nn.Module], config: dict[str, Any], *, recompute: str | int = "none"
+    make_model: Callable[[], nn.Module], config: dict[str, Any], compute: ComputeSection
 ) -> deepspeed.DeepSpeedEngine:
     """Model, optimizer and schedule under ZeRO, as `config` (a resolved DeepSpeed JSON, left as it is) says.
 
@@ -38,7 +39,7 @@ def build_engine(
     _require_precision(config)
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage == 3 and recompute == "selective":
+    if stage == 3 and compute.recompute == "selective":
         # Stage 3's own F.linear adds the bias in place into the product that selective recomputation saved.
         zero.setdefault("memory_efficient_linear", False)
     schedule = _own_schedule(config)
@@ -49,6 +50,9 @@ def build_engine(
     with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config)) if stage == 3 else nullcontext():
         model = make_model()
     init_weights(model, gather=_gather if stage == 3 else nullcontext)
+    if compute.compile_blocks:
+        torch._dynamo.trace_rules.add("deepspeed")  # its hooks gather parameters: nothing to be compiled
+        compile_blocks(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=_groups(model, kind, weight_decay),

@@ -279,6 +279,19 @@ def load(checkpoint: Path, engine: Any) -> Progress:
     return Progress(**state["progress"])
 
 
+def start_from(checkpoint: Path, engine: Any) -> None:
+    """Fills the engine's weights from a verified checkpoint; moments, counters and schedule stay fresh.
+
+    Raises:
+        NoCheckpoint: the checkpoint's parameters are not this model's.
+    """
+    with _Shards(checkpoint) as shards:
+        for fragment in fragments.owned_fragments(engine):
+            shards.entry(fragment.name, fragment.shape)
+            shards.fill(fragment.view(fragment.flat), fragment.name, "fp32", fragment.start)
+    fragments.weights_follow_masters(engine)
+
+
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Fills a plain torch module with the checkpoint's fp32 weights, one parameter at a time."""
     with _Shards(checkpoint) as shards, torch.no_grad():
@@ -311,7 +324,7 @@ class _Shards:
             raise NoCheckpoint(
                 f"the checkpoint {has}, the model needs {list(shape)}",
                 where=str(self._folder),
-                fix="use the run config that this run was started with (run.toml in the run directory)",
+                fix="use the [model] table that it was made with (run.toml in the run directory)",
             )
         return entry
 

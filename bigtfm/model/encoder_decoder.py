@@ -40,9 +40,13 @@ class EncoderDecoder(LanguageModel):
             [input_ids, position_ids, token_keys],
             [decoder_input_ids, decoder_position_ids, decoder_token_keys, labels],
         )
-        memory = self.encode(*read[:2], source, token_keys=read[2])
-        x = self.hidden(*written[:2], target, memory=memory, token_keys=written[2])
-        return self.loss(x, written[3], l1_scale)
+        input_ids, position_ids, token_keys = read
+        decoder_input_ids, decoder_position_ids, decoder_token_keys, labels = written
+        memory = self.encode(input_ids, position_ids, source, token_keys=token_keys)
+        x = self.hidden(
+            decoder_input_ids, decoder_position_ids, target, memory=memory, token_keys=decoder_token_keys
+        )
+        return self.loss(x, labels, l1_scale)
 
     def encode(
         self,

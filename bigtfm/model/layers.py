@@ -202,9 +202,9 @@ class RelativeBias(nn.Module):
         return F.embedding(self._bucket(distance), self.weight).movedim(-1, -3)
 
     def _bucket(self, distance: Tensor) -> Tensor:
-        buckets, first = self.weight.shape[0], 0  # a partitioned weight is whole inside this forward
+        buckets = self.weight.shape[0]  # a partitioned weight is whole inside this forward
         if self.causal:
-            far = (-distance).clamp(min=0)
+            first, far = torch.zeros_like(distance), (-distance).clamp(min=0)
         else:
             buckets //= 2
             first, far = (distance > 0) * buckets, distance.abs()

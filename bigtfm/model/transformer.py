@@ -295,8 +295,8 @@ class Stack(nn.Module):
             memory=memory,
             cache=cache,
         )
-        for block in self.layers:
-            x = _recomputed(block, block.index, self.recompute)(x, packed)
+        for index, block in enumerate(self.layers):
+            x = _recomputed(block, index, self.recompute)(x, packed)
         return x if self.norm is None else self.norm(x)
 
     def words(self, token_keys: Tensor | None) -> Tensor | None:
@@ -337,7 +337,7 @@ class Stack(nn.Module):
 
     def new_cache(self, rows: int, slots: int) -> tuple[list[Tensor], list[Tensor]]:
         """Empty keys and values [B, S, K, D] of each block: B = rows sequences of S = slots tokens."""
-        weight = self.layers[0].attention.qkv.weight
+        weight = next(self.parameters())
         shape = (rows, slots, self.config.kv_heads, self.config.head_size)
         k = [weight.new_zeros(shape) for _ in self.layers]
         return k, [torch.zeros_like(keys) for keys in k]
