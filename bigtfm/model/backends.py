@@ -29,7 +29,7 @@ PACKAGES = {
     "flash_attn_4": "pip install flash-attn-4",
     "varlen": "install torch 2.11 or later",
 }
-# What auto tries, in this order. The kernels made for the chip first: 3 is for Hopper (Shah et al. 2024), 4 for
+# What auto tries, in this order. Kernels made for the chip come first: 3 for Hopper (Shah et al. 2024), 4 for
 # Hopper and Blackwell. Then those that take ragged documents in one call; sdpa makes a call for each length.
 ORDER: tuple[Backend, ...] = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen", "sdpa", "reference")
 
