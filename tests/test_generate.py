@@ -2,127 +2,162 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import VOCAB, make
+from writing import LIMIT, PROMPTS, STD, WRITERS, from_scratch, inputs, one_thread, start_of  # noqa: F401
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ModelSection
+from bigtfm.decoding import Decoding
 from bigtfm.generate import generate, sample
-from bigtfm.model.gpt import GPT
-from bigtfm.model.transformer import init_weights
+from bigtfm.model.transformer import ReadMemory
 
-VOCAB, LIMIT = 29, 24
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+SAMPLED = {"temperature": 0.9, "top_k": 12, "top_p": 0.9}
 
 
-def make(recompute="none", **shape):
-    shape = {
-        "hidden_size": 16,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "max_seq_len": LIMIT,
-        "init_std": 0.5,
-        **shape,
-    }
-    model = GPT(ModelSection(**shape), VOCAB, seed=1, recompute=recompute)
-    init_weights(model)
-    return model
+def write(model, prompts, **options):
+    """`generate`; an encoder-decoder's decoder starts with token 0."""
+    options = {"max_new_tokens": 9, "temperature": 0, "start": start_of(model), **options}
+    return generate(model, prompts, **options)
 
 
-def full_logits(model, tokens):
-    length = len(tokens)
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-    with torch.no_grad():
-        return model.eval().logits(torch.tensor(tokens), torch.arange(length), cu_seqlens, (length,))
+@pytest.mark.parametrize("kind", WRITERS)
+def test_cache_gives_the_logits_of_a_full_forward(kind, monkeypatch):
+    model, seen = make(kind, **STD), [[] for _ in PROMPTS]
 
+    def spy(decoding, rows, tokens):
+        logits = advance(decoding, rows, tokens)
+        for prompt, row in zip(decoding.owners, logits, strict=True):
+            seen[prompt].append(row)
+        return logits
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_cache_gives_the_logits_of_a_full_forward(positions, kv_heads, monkeypatch):
-    model = make(positions=positions, num_kv_heads=kv_heads)
-    seen = []
-
-    def spy(logits, u, **settings):
-        seen.append(logits.clone())
-        return sample(logits, u, **settings)
-
-    monkeypatch.setattr("bigtfm.generate.sample", spy)
-    continuations = generate(model, PROMPTS, max_new_tokens=9, temperature=0)
-    assert [len(tokens) for tokens in continuations] == [9] * 4
-    for row, (prompt, tokens) in enumerate(zip(PROMPTS, continuations, strict=True)):
-        expected = full_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
-        torch.testing.assert_close(
-            torch.stack([logits[row] for logits in seen]), expected, atol=1e-4, rtol=1e-4
-        )
+    advance = Decoding.advance
+    monkeypatch.setattr(Decoding, "advance", spy)
+    answers = write(model, PROMPTS)
+    assert [len(tokens) for tokens in answers] == [9] * 4
+    for prompt, tokens, logits in zip(PROMPTS, answers, seen, strict=True):
+        expected = from_scratch(model, prompt, tokens[:-1])
+        torch.testing.assert_close(torch.stack(logits), expected[-len(logits) :], atol=1e-4, rtol=1e-4)
         assert tokens == expected.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.9, "top_k": 12, "top_p": 0.9}])
-def test_a_prompt_does_not_care_for_the_rest_of_the_batch(settings):
-    model = make()
-    together = generate(model, PROMPTS, max_new_tokens=12, seed=3, **settings)
-    alone = [generate(model, [prompt], max_new_tokens=12, seed=3, **settings)[0] for prompt in PROMPTS]
-    assert together == alone
-    assert generate(model, PROMPTS[::-1], max_new_tokens=12, seed=3, **settings) == alone[::-1]
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(WRITERS),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    positions=st.sampled_from(["learned", "sinusoidal", "rotary", "relative"]),
+    prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LIMIT), min_size=1, max_size=4),
+    new=st.integers(1, 2 * LIMIT),
+)
+def test_greedy_decoding_is_what_each_forward_finds_likeliest(kind, kv_heads, positions, prompts, new):
+    model = make(kind, positions=positions, num_kv_heads=kv_heads, head_dim=4, **STD)
+    for prompt, tokens in zip(prompts, write(model, prompts, max_new_tokens=new), strict=True):
+        logits = from_scratch(model, prompt, tokens[:-1])
+        assert len(tokens) == min(new, LIMIT - len(start_of(model) or prompt) + 1)
+        likeliest, chosen = logits.amax(-1), logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(chosen, likeliest, atol=1e-4, rtol=1e-4)
 
 
-def test_seed_decides_and_repeated_prompts_differ():
-    model = make(init_std=0.02)  # an almost uniform distribution
-    one = generate(model, [[1, 2]] * 3, max_new_tokens=12, seed=0)
-    assert one == generate(model, [[1, 2]] * 3, max_new_tokens=12, seed=0)
-    assert one != generate(model, [[1, 2]] * 3, max_new_tokens=12, seed=1)
+def test_padding_of_a_shorter_source_is_not_read(monkeypatch):
+    model = make("bart", **STD)
+    right = write(model, PROMPTS)
+    # the control: every source is taken for as long as the longest
+    monkeypatch.setattr(
+        "bigtfm.decoding.ReadMemory", lambda k, v, lengths: ReadMemory(k, v, 0 * lengths + lengths.amax())
+    )
+    wrong = write(model, PROMPTS)
+    assert wrong[2] == right[2]
+    assert wrong != right
+
+
+@pytest.mark.parametrize("kind", ["gpt", "t5"])
+def test_no_prompt_cares_for_the_rest_of_the_batch(kind):
+    model = make(kind, **STD)
+    eos = write(model, PROMPTS)[0][4]
+    for options in ({}, SAMPLED, {"eos_id": eos}):
+        options = {"max_new_tokens": 12, "seed": 3, **options}
+        together = write(model, PROMPTS, **options)
+        alone = [write(model, [prompt], **options)[0] for prompt in PROMPTS]
+        assert together == alone
+        assert write(model, PROMPTS[::-1], **options) == alone[::-1]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "t5"])
+def test_seed_decides_and_repeated_prompts_differ(kind):
+    model = make(kind, init_std=0.02)  # an almost uniform distribution
+    options = {"max_new_tokens": 12, "temperature": 1}
+    one = write(model, [[1, 2]] * 3, seed=0, **options)
+    assert one == write(model, [[1, 2]] * 3, seed=0, **options)
+    assert one != write(model, [[1, 2]] * 3, seed=1, **options)
     assert len({tuple(tokens) for tokens in one}) == 3
-    assert one[0] == generate(model, [[1, 2]], max_new_tokens=12, seed=0)[0]
+    assert one[0] == write(model, [[1, 2]], seed=0, **options)[0]
 
 
-def test_stops_at_the_end_token_of_each_sequence():
-    model = make()
-    free = generate(model, PROMPTS, max_new_tokens=10, temperature=0)
+@pytest.mark.parametrize("kind", ["gpt", "gpt-window", "t5", "transformer"])
+def test_stops_at_the_end_token_of_each_sequence(kind):
+    model = make(kind, **STD)
+    free = write(model, PROMPTS, max_new_tokens=10)
     eos = free[0][4]
-    stopped = generate(model, PROMPTS, max_new_tokens=10, temperature=0, eos_id=eos)
+    stopped = write(model, PROMPTS, max_new_tokens=10, eos_id=eos)
     assert stopped == [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in free]
     assert len(stopped[0]) <= 4
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_stops_when_the_model_has_read_max_seq_len_tokens(positions):
-    model = make(positions=positions)
+    model = make("gpt", positions=positions, **STD)
     prompts = [[1] * LIMIT, [2] * (LIMIT - 1), [3]]
-    continuations = generate(model, prompts, max_new_tokens=LIMIT + 10, temperature=0)
-    assert [len(tokens) for tokens in continuations] == [1, 2, LIMIT]
-    assert continuations[2] == full_logits(model, [3, *continuations[2][:-1]]).argmax(-1).tolist()
+    answers = write(model, prompts, max_new_tokens=LIMIT + 10)
+    assert [len(tokens) for tokens in answers] == [1, 2, LIMIT]
 
 
-def test_streams_each_token_once_in_order():
-    model, streamed = make(), [[] for _ in PROMPTS]
-    result = generate(
-        model, PROMPTS, max_new_tokens=5, on_token=lambda row, token: streamed[row].append(token)
-    )
-    assert streamed == result
+def test_a_decoder_starts_with_what_it_is_given_or_configured_to():
+    model = make("t5", decoder_start_id=5, **STD)
+    assert write(model, PROMPTS, start=[]) == write(model, PROMPTS, start=[5])
+    assert write(model, PROMPTS, start=[0]) != write(model, PROMPTS, start=[5])
+    with_prefix = write(model, PROMPTS[:1], start=[5, 7])[0]
+    expected = model.logits(*inputs([5, 7, *with_prefix]), model.encode(*inputs(PROMPTS[0])))
+    assert with_prefix == expected.argmax(-1)[1:-1].tolist()
+    with pytest.raises(ConfigProblem, match="reads first"):
+        write(make("t5"), PROMPTS, start=[])
+
+
+@pytest.mark.parametrize("kind", ["gpt", "t5"])
+def test_streams_each_token_once_in_order(kind):
+    model, streamed = make(kind), [[] for _ in PROMPTS]
+    assert write(model, PROMPTS, on_token=lambda row, token: streamed[row].append(token)) == streamed
 
 
 def test_leaves_the_model_as_it_was():
-    model = make(dropout=0.5).train()
-    generate(model, [[1]], max_new_tokens=3)
+    model = make("gpt", dropout=0.5).train()
+    write(model, [[1]])
     assert model.training
     assert all(p.grad is None for p in model.parameters())
-    assert generate(model, [], max_new_tokens=3) == []
+    assert write(model, []) == []
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_does_not_matter(recompute):
-    assert generate(make(recompute), PROMPTS, max_new_tokens=3) == generate(make(), PROMPTS, max_new_tokens=3)
+    assert write(make("gpt", recompute=recompute), PROMPTS) == write(make("gpt"), PROMPTS)
 
 
-def frequencies(**settings):
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_model_of_half_precision_writes(kind):
+    answers = write(make(kind).bfloat16(), PROMPTS, max_new_tokens=3)
+    assert [len(tokens) for tokens in answers] == [3] * 4
+
+
+def frequencies(**options):
     probabilities = torch.tensor([0.5, 0.05, 0.25, 0.15, 0.05])
     u = (torch.arange(10_000).double() + 0.5) / 10_000
     tokens = sample(
-        probabilities.log().expand(len(u), -1), u, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
+        probabilities.log().expand(len(u), -1), u, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
     )
     return torch.bincount(tokens, minlength=5).double() / len(u)
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("options", "expected"),
     [
         ({}, [0.5, 0.05, 0.25, 0.15, 0.05]),
         ({"temperature": 0}, [1, 0, 0, 0, 0]),
@@ -137,12 +172,12 @@ def frequencies(**settings):
         ({"top_k": 3, "top_p": 0.8}, [2 / 3, 0, 1 / 3, 0, 0]),  # top_p of what top_k left: 0.75 / 0.9
     ],
 )
-def test_sampling_follows_the_filtered_distribution(settings, expected):
-    torch.testing.assert_close(frequencies(**settings), torch.tensor(expected).double(), atol=3e-4, rtol=0)
+def test_sampling_follows_the_filtered_distribution(options, expected):
+    torch.testing.assert_close(frequencies(**options), torch.tensor(expected).double(), atol=3e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("prompts", "settings", "word"),
+    ("prompts", "options", "word"),
     [
         ([[]], {}, "no tokens"),
         ([[1], [VOCAB]], {}, "prompt 2"),
@@ -156,7 +191,7 @@ def test_sampling_follows_the_filtered_distribution(settings, expected):
         ([[1]], {"top_p": 1.5}, "top_p"),
     ],
 )
-def test_refuses_in_one_line(prompts, settings, word):
+def test_refuses_in_one_line(prompts, options, word):
     with pytest.raises(ConfigProblem, match=word) as problem:
-        generate(make(), prompts, **{"max_new_tokens": 3} | settings)
+        write(make("gpt"), prompts, **options)
     assert "\n" not in problem.value.line
