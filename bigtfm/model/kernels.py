@@ -26,10 +26,10 @@ def varlen(
     """q [Tq, H, D], k and v [Tk, K, D] -> [Tq, H, D]; of each side cu_seqlens [N + 1] int32, longest length.
 
     The four kernels agree on the arguments: flash-attn 2.8.3, its `hopper` folder (3), flash-attn-4 4.0.0b36,
-    torch 2.13. -1 is a window without end; a causal query of theirs sees the keys up to its own, since query
-    and key document are of one length.
+    torch 2.13. A window without end is -1, and None to flash-attn 4, which takes (-1, 0) for a window of
+    nothing. Their causal masks end at the last query and key, so at a query's own key in self-attention.
     """
-    reach = -1 if window is None else window
+    reach = window if window is not None or backend == "flash_attn_4" else -1
     options: dict[str, Any] = {"window_size": (reach, 0 if causal else reach)}
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
