@@ -312,6 +312,59 @@ def _given(context: typer.Context) -> list[str]:
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare/--no-compare",
+        help="Require that transformers, if installed, gives the same outputs (holds both models in fp32).",
+    ),
+]
+NewFolder = Annotated[Path, typer.Argument(help="Folder to make; it must not be there, or be empty.")]
+
+
+@app.command("import-hf")
+def import_hf(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="DIR_OR_NAME", help="A Hugging Face model: a folder, or a name on the hub."),
+    ],
+    out: NewFolder,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pieces that its vocabulary is cut or extended to. Default: as it is.",
+        ),
+    ] = None,
+    compare: Compare = True,
+) -> None:
+    """Make a run directory of a Hugging Face model.
+
+    A training begins with its weights when run.init_from names that directory.
+    """
+    from bigtfm.convert import import_hf as run
+
+    print("\n".join(run(source, out, vocab_size=vocab_size, compare=compare)))
+
+
+@app.command("export-hf")
+def export_hf(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")],
+    out: NewFolder,
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            help="Model type or class of transformers, e.g. llama. Default: what was imported, or what fits."
+        ),
+    ] = None,
+    compare: Compare = True,
+) -> None:
+    """Make a Hugging Face model of a run's newest checkpoint."""
+    from bigtfm.convert import export_hf as run
+
+    print("\n".join(run(run_dir, out, architecture=architecture, compare=compare)))
+
+
 @app.command()
 def sync(run_dir: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")]) -> None:
     """Send to MLflow what is not sent yet."""

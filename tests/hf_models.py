@@ -72,13 +72,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bert-pairs": ("BertConfig", BERT | {"type_vocab_size": 3}, "BertForPreTraining"),
     "bert-bare": ("BertConfig", BERT, "BertModel"),
     "roberta": ("RobertaConfig", BERT | {"type_vocab_size": 1}, "RobertaForMaskedLM"),
-    "roberta-bare": ("RobertaConfig", BERT | {"type_vocab_size": 1, "hidden_act": "gelu_new"}, "RobertaModel"),
+    "roberta-bare": (
+        "RobertaConfig",
+        BERT | {"type_vocab_size": 1, "hidden_act": "gelu_new"},
+        "RobertaModel",
+    ),
     "modernbert": (
         "ModernBertConfig",
         BERT | {"local_attention": 10, "num_hidden_layers": 5, "pad_token_id": 0},
         "ModernBertForMaskedLM",
     ),
-    "modernbert-bare": ("ModernBertConfig", BERT | {"local_attention": 10, "pad_token_id": 0}, "ModernBertModel"),
+    "modernbert-bare": (
+        "ModernBertConfig",
+        BERT | {"local_attention": 10, "pad_token_id": 0},
+        "ModernBertModel",
+    ),
     "modernbert-bias": (
         "ModernBertConfig",
         BERT | {"norm_bias": True, "pad_token_id": 0, "decoder_bias": False, "local_attention": 8},
@@ -104,7 +112,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "MarianMTModel",
     ),
-}  # fmt: skip
+}
 
 
 def make(name: str, folder: Path) -> Path:

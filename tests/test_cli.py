@@ -53,6 +53,8 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--seed": 0,
         "--json": False,
     },
+    "import-hf": {"DIR_OR_NAME": REQUIRED, "out": REQUIRED, "--vocab-size": None, "--compare": True},
+    "export-hf": {"run_dir": REQUIRED, "out": REQUIRED, "--architecture": None, "--compare": True},
     "sync": {"run_dir": REQUIRED},
     "version": {},
 }

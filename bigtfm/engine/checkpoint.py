@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
 
 FORMAT = 1
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass
@@ -70,7 +70,7 @@ def save(root: Path, engine: Any, progress: Progress, ranks: Ranks) -> Path:
     gathered = ranks.gather(mine)
     with ranks.together(f"writing {final}"):
         if ranks.rank == 0:
-            _finish(building, final, gathered, _state(engine, progress))
+            finish(building, final, gathered, _state(engine, progress))
     return final
 
 
@@ -90,7 +90,7 @@ def _write_shard(folder: Path, engine: Any, ranks: Ranks) -> dict[str, Any]:
             "updates": fragments.update_count(engine, fragment),
         }
     save_file(tensors, folder / name)
-    return {"files": {name: _flush_and_hash(folder / name)}, "parameters": parameters}
+    return {"files": {name: flush_and_hash(folder / name)}, "parameters": parameters}
 
 
 def _state(engine: Any, progress: Progress) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _state(engine: Any, progress: Progress) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "progress": vars(progress),
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
         "groups": [{k: v for k, v in group.items() if isinstance(v, int | float | bool)} for group in groups],
         "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
         "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
@@ -108,7 +108,11 @@ def _state(engine: Any, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: dict[str, Any]) -> None:
+def finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Index, state and manifest of the shards in `building`, which then becomes `final`.
+
+    gathered: from each writer {"files": manifest rows, "parameters": index entries with one fragment each}.
+    """
     files: dict[str, Any] = {}
     index: dict[str, Any] = {}
     for part in gathered:
@@ -120,11 +124,11 @@ def _finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: 
             whole["fragments"].append(entry["fragment"])
     for name, content in (("index.json", index), ("state.json", state)):
         (building / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        files[name] = _flush_and_hash(building / name)
+        files[name] = flush_and_hash(building / name)
     (building / "manifest.json").write_text(
         json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8"
     )
-    _flush_and_hash(building / "manifest.json")
+    flush_and_hash(building / "manifest.json")
     _flush_directory(building)
     if final.exists():  # left by a run that was resumed from an earlier step
         shutil.rmtree(final)
@@ -132,7 +136,8 @@ def _finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: 
     _flush_directory(final.parent)
 
 
-def _flush_and_hash(path: Path) -> dict[str, Any]:
+def flush_and_hash(path: Path) -> dict[str, Any]:
+    """A file's row of the manifest, once it is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -252,6 +257,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return _read_json(checkpoint / "state.json")
 
 
+def read_index(checkpoint: Path) -> dict[str, Any]:
+    """index.json of a verified checkpoint."""
+    return _read_json(checkpoint / "index.json")
+
+
 def load(checkpoint: Path, engine: Any) -> Progress:
     """Fills the engine from a verified checkpoint, each rank reading only the elements that it keeps.
 
@@ -259,7 +269,7 @@ def load(checkpoint: Path, engine: Any) -> Progress:
         NoCheckpoint: the checkpoint's parameters are not this model's.
     """
     state = read_state(checkpoint)
-    with _Shards(checkpoint) as shards:
+    with Shards(checkpoint) as shards:
         for fragment in fragments.owned_fragments(engine):
             entry = shards.entry(fragment.name, fragment.shape)
             for key in entry["keys"]:
@@ -285,7 +295,7 @@ def start_from(checkpoint: Path, engine: Any) -> None:
     Raises:
         NoCheckpoint: the checkpoint's parameters are not this model's.
     """
-    with _Shards(checkpoint) as shards:
+    with Shards(checkpoint) as shards:
         for fragment in fragments.owned_fragments(engine):
             shards.entry(fragment.name, fragment.shape)
             shards.fill(fragment.view(fragment.flat), fragment.name, "fp32", fragment.start)
@@ -294,7 +304,7 @@ def start_from(checkpoint: Path, engine: Any) -> None:
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Fills a plain torch module with the checkpoint's fp32 weights, one parameter at a time."""
-    with _Shards(checkpoint) as shards, torch.no_grad():
+    with Shards(checkpoint) as shards, torch.no_grad():
         for name, parameter in model.named_parameters():
             shards.entry(name, tuple(parameter.shape))
             whole = torch.empty(parameter.numel())
@@ -302,7 +312,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
             parameter.copy_(whole.view(parameter.shape))
 
 
-class _Shards:
+class Shards:
     """Reads runs of elements out of a checkpoint's shards, opened when first needed."""
 
     def __init__(self, checkpoint: Path) -> None:
@@ -310,7 +320,7 @@ class _Shards:
         self._index = _read_json(checkpoint / "index.json")
         self._open: dict[str, Any] = {}
 
-    def __enter__(self) -> _Shards:
+    def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtfm.config.run import ModelSection
+from bigtfm.config.run import ModelSection, Objective
 from bigtfm.model.families import make_model
 
 Shape = tuple[int, ...]
@@ -38,11 +38,12 @@ class Architecture:
     """One model type of `transformers`: its tensors by our names, and its config by our fields."""
 
     model_type: str
-    classes: tuple[str, ...]  # that are imported; the first has the output layer and is what is exported
+    classes: tuple[str, ...]  # imported; the first has the output layer (and is exported), the second has not
     prefix: str  # what the names in a checkpoint of the bare model lack
     tensors: Mapping[str, tuple[str, ...]]  # our module or parameter -> theirs; several are its rows
     keys: Mapping[str, Key]  # our field -> their key
     fixed: Mapping[str, Any]  # our fields that no key decides
+    objective: Objective | None = None  # what it was trained on, where that is not its family's first
     required: Mapping[str, Any] = field(default_factory=dict)  # their key -> the only value that we can do
     read: Callable[[Config, Collection[str]], Config] = lambda config, tensors: {}  # what no table can say
     write: Callable[[ModelSection, Config], Config] = lambda section, config: {}
@@ -70,6 +71,7 @@ class Conversion:
     architecture: Architecture
     section: ModelSection
     vocab_size: int  # V
+    our_vocab_size: int
     position_offset: int = 0
 
     def stored(self, name: str, shape: Shape) -> dict[str, Shape]:
@@ -87,7 +89,7 @@ class Conversion:
         ours = torch.cat([part.t() if turned else part for part in theirs]).float()
         if name in VOCABULARY:
             ours = ours.view(self.vocab_size, *shape[1:])
-            return _resized(ours, self.section.vocab_size or self.vocab_size, shape[0])
+            return _resized(ours, self.our_vocab_size, shape[0])
         return ours[self.position_offset :] if name.endswith("embed_positions.weight") else ours
 
     def to_theirs(self, name: str, ours: Tensor) -> dict[str, Tensor]:

@@ -306,7 +306,7 @@ def _has_pooler(tensors: Collection[str]) -> bool:
 
 BERT = Architecture(
     model_type="bert",
-    classes=("BertForMaskedLM", "BertForPreTraining", "BertModel"),
+    classes=("BertForMaskedLM", "BertModel", "BertForPreTraining"),
     prefix="bert.",
     tensors=_table(
         {
@@ -619,6 +619,7 @@ BART = Architecture(
     tensors=_BART_TENSORS,
     keys=_BART_KEYS,
     fixed=_BART_FIXED | {"positions": "learned", "embedding_norm": True},
+    objective="infilling",
     read=_bart_read,
     write=_bart_write,
     position_offset=lambda config: 2,
@@ -645,6 +646,7 @@ MARIAN = Architecture(
     tensors=_BART_TENSORS,
     keys=_BART_KEYS,
     fixed=_BART_FIXED | {"positions": "sinusoidal"},
+    objective="infilling",  # of those that need no pairs of sentences
     required={"share_encoder_decoder_embeddings": True},
     read=_marian_read,
     write=_bart_write,

@@ -123,15 +123,20 @@ def to_hf_config(
     return config | architecture.write(section, config)
 
 
-def misfits(section: ModelSection, architecture: Architecture) -> list[str]:
-    """Our keys that the architecture can't express: what does not come back through its config."""
+def expressed(section: ModelSection, config: Config) -> ModelSection:
+    """The model that a config made by `to_hf_config` describes: ours, with biases where it must have some."""
     tensors = set[str]()
     if not section.tied_embeddings:
         tensors.add("lm_head.weight")
     if section.next_sentence:
         tensors.add("pooler.dense.weight")
+    return to_model_section(config, tensors)
+
+
+def misfits(section: ModelSection, architecture: Architecture) -> list[str]:
+    """Our keys that the architecture can't express: what does not come back through its config."""
     config = to_hf_config(section, 1, architecture, {})
-    ours, theirs = resolved(section), resolved(to_model_section(config, tensors))
+    ours, theirs = resolved(section), resolved(expressed(section, config))
     return [name for name, value in ours.items() if not _same(name, value, theirs[name])]
 
 

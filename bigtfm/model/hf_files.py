@@ -123,7 +123,7 @@ def plan_import(files: TensorFiles, config: Config, conversion: Conversion) -> P
         DataProblem: one is missing, unexpected or misshapen, or is not what it should repeat.
     """
     architecture, section = conversion.architecture, conversion.section
-    shapes = parameter_shapes(section, section.vocab_size or conversion.vocab_size)
+    shapes = parameter_shapes(section, conversion.our_vocab_size)
     parts = {name: conversion.stored(name, shape) for name, shape in shapes.items()}
     aliases = dict(architecture.aliases)
     if section.tied_embeddings:
