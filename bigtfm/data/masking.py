@@ -75,7 +75,7 @@ def sentence_pairs(
     """Makes each segment of at least PAIR_TOKENS tokens a pair, `BOS A EOS B EOS`, no longer than it was.
 
     A and B are the segment's text, less what does not fit, cut at a random place; every second B is replaced
-    by as many tokens of text from elsewhere in the stream, outside the window.
+    by as many tokens of text from a place in the stream outside the window.
 
     Returns:
         tokens [T]; token types [T], 0 up to the first EOS of a pair and 1 behind it; labels [N], 0 where B
@@ -93,7 +93,8 @@ def sentence_pairs(
     labels[paired] = random_bits(keys, stream_key(seed, "pair: B")) >> np.uint64(63)
     stops = windows.stops[begins // (windows.rows.shape[1] - 1)]
     draw = uniform(keys, stream_key(seed, "pair: elsewhere"))
-    elsewhere = stops + (draw * (windows.stream_size - windows.rows.shape[1] + 1)).astype(np.int64)
+    outside = max(windows.stream_size - windows.rows.shape[1] + 1, 1)  # places behind and before the window
+    elsewhere = stops + (draw * outside).astype(np.int64)
     for begin, end, size, cut, label, place in zip(
         *(column.tolist() for column in (begins, ends, sizes, cuts, labels[paired], elsewhere)), strict=True
     ):
@@ -113,7 +114,7 @@ def _text(windows: Windows, place: int, count: int, special: SpecialIds) -> NDAr
     while missing > 0:
         assert seen <= windows.stream_size, "a stream of BOS and EOS alone"
         start = place % windows.stream_size
-        read = windows.read(start, min(start + missing + 2, windows.stream_size)).astype(np.int64)
+        read = windows.read(start, min(start + missing, windows.stream_size)).astype(np.int64)
         text = read[(read != special.bos) & (read != special.eos)]
         parts.append(text)
         missing, seen, place = missing - len(text), seen + len(read), start + len(read)

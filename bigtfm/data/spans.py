@@ -1,7 +1,9 @@
 """Spans of text hidden from an encoder, for a decoder to write.
 
 The text of a segment is what it holds less a leading BOS and a closing EOS, which stay in the encoder's
-document. n segments' text stands one behind the other in what is called flat below.
+document. The flat text below is that of all segments, one behind the other.
+
+N segments, T tokens of all together.
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ def _poisson_spans(lengths: Ints, keys: Ints, options: ObjectiveSection, seed: i
     """Segment and length of each span that `infilling` hides: [K], [K]."""
     groups = np.arange(len(lengths))
     budget, _ = span_sizes(lengths, options)
-    draw = uniform(places(keys, lengths), stream_key(seed, "spans: lengths"))  # as many as tokens: plenty
+    draw = uniform(places(keys, lengths), stream_key(seed, "spans: lengths"))  # as many as tokens: enough
     spans = np.searchsorted(_poisson(options.span_length), draw, side="right")
     sums = np.append(0, np.cumsum(spans))
     left = np.repeat(budget + sums[np.cumsum(lengths) - lengths], lengths) - sums[:-1]  # before each span

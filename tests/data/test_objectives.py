@@ -90,7 +90,7 @@ def masked_oracle(options, split, tokens, key, stop, seq_len):
         a, b = text[:cut], text[cut:]
         label = bits(key, "pair: B") >> 63
         if label:
-            place = stop + int(uniform(key, "pair: elsewhere") * (split.num_tokens - seq_len))
+            place = stop + int(uniform(key, "pair: elsewhere") * max(split.num_tokens - seq_len, 1))
             b = []
             while len(b) < len(text) - cut:
                 token = int(split.tokens[place % split.num_tokens])
