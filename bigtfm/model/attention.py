@@ -136,8 +136,9 @@ def _sdpa(
             mask = bias[:, : q.shape[1], : k.shape[1]].to(q.dtype)
             mask = (mask if hidden is None else mask.masked_fill(hidden, -math.inf))[None]
     group = q.shape[2] // k.shape[2]
-    if group > 1 and (mask is not None or q.dtype == torch.float32 or backend == "sdpa_efficient"):
-        # On a GPU, flash and cuDNN alone have always known of groups, and flash takes neither mask nor fp32.
+    ungrouped = mask is not None or q.dtype == torch.float32 or backend == "sdpa_efficient"
+    if q.is_cuda and group > 1 and ungrouped:
+        # Flash and cuDNN alone have known of groups in every version; flash takes neither mask nor fp32.
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with _kernel(backend, k.shape[2]):
