@@ -22,7 +22,7 @@ def fill_mask(
         raise ConfigProblem(f"top_k is {top_k}", where="fill_mask", fix="use at least 1")
     for number, prompt in enumerate(prompts, start=1):
         if mask_id not in prompt:
-            fix = "write a mask where a token is to be found"
+            fix = "put a mask ([MASK] or <mask> in text) where a token is to be found"
             raise ConfigProblem("nothing in it is masked", where=f"prompt {number}", fix=fix)
     if not prompts:
         return []

@@ -24,7 +24,7 @@ from bigtfm.model.encoder_decoder import EncoderDecoder
 from bigtfm.model.gpt import GPT
 from bigtfm.model.heads import LanguageModel
 
-_MARK = re.compile(f" ?(?:{'|'.join(map(re.escape, MASK_NAMES))}|<extra_id_([0-9]{1,9})>)")
+_MARK = re.compile(f" ?(?:{'|'.join(map(re.escape, MASK_NAMES))}|<extra_id_([0-9]{{1,9}})>)")
 ALTERNATIVES = 5  # tokens listed for a mask, where no top_k is given
 
 

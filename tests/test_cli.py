@@ -51,6 +51,9 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--top-k": 50,
         "--top-p": 1.0,
         "--seed": 0,
+        "--num-beams": 1,
+        "--length-penalty": 1.0,
+        "--num-return-sequences": 1,
         "--json": False,
     },
     "import-hf": {"DIR_OR_NAME": REQUIRED, "out": REQUIRED, "--vocab-size": None, "--compare": True},
@@ -70,6 +73,9 @@ UNITS = {  # of every number: the word that its help has to hold
     "--top-k": "0: all",
     "--top-p": "1: all",
     "--seed": "seed",
+    "--num-beams": "beams",
+    "--length-penalty": "log-probability / tokens^this",
+    "--num-return-sequences": "answers",
 }
 
 
