@@ -458,15 +458,20 @@ MODERNBERT = Architecture(
 # --- encoder-decoders ---------------------------------------------------------------------------------------
 
 
-def _t5_block(side: str, mlp: int) -> tuple[str, Mapping[str, str]]:
+_T5_CROSS = {
+    "cross_norm": "layer.1.layer_norm",
+    "cross_attention.q": "layer.1.EncDecAttention.q",
+    "cross_attention.kv": "layer.1.EncDecAttention.k layer.1.EncDecAttention.v",
+    "cross_attention.out": "layer.1.EncDecAttention.o",
+}
+
+
+def _t5_block(side: str, mlp: int, cross: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
     parts = {
+        **cross,
         "attention_norm": "layer.0.layer_norm",
         "attention.qkv": "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v",
         "attention.out": "layer.0.SelfAttention.o",
-        "cross_norm": "layer.1.layer_norm",
-        "cross_attention.q": "layer.1.EncDecAttention.q",
-        "cross_attention.kv": "layer.1.EncDecAttention.k layer.1.EncDecAttention.v",
-        "cross_attention.out": "layer.1.EncDecAttention.o",
         "mlp_norm": f"layer.{mlp}.layer_norm",
         "mlp.up": f"layer.{mlp}.DenseReluDense.wi",
         "mlp.gate_up": f"layer.{mlp}.DenseReluDense.wi_0 layer.{mlp}.DenseReluDense.wi_1",
@@ -509,8 +514,8 @@ T5 = Architecture(
             },
             "lm_head": "lm_head",
         },
-        encoder=_t5_block("encoder", mlp=1),
-        decoder=_t5_block("decoder", mlp=2),
+        encoder=_t5_block("encoder", mlp=1, cross={}),
+        decoder=_t5_block("decoder", mlp=2, cross=_T5_CROSS),
     ),
     keys={
         "hidden_size": Key("d_model"),
@@ -542,15 +547,20 @@ T5 = Architecture(
 )
 
 
-def _bart_block(side: str) -> tuple[str, Mapping[str, str]]:
+_BART_CROSS = {
+    "cross_attention.q": "encoder_attn.q_proj",
+    "cross_attention.kv": "encoder_attn.k_proj encoder_attn.v_proj",
+    "cross_attention.out": "encoder_attn.out_proj",
+    "cross_norm": "encoder_attn_layer_norm",
+}
+
+
+def _bart_block(side: str, cross: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
     parts = {
+        **cross,
         "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
         "attention.out": "self_attn.out_proj",
         "attention_norm": "self_attn_layer_norm",
-        "cross_attention.q": "encoder_attn.q_proj",
-        "cross_attention.kv": "encoder_attn.k_proj encoder_attn.v_proj",
-        "cross_attention.out": "encoder_attn.out_proj",
-        "cross_norm": "encoder_attn_layer_norm",
         "mlp.up": "fc1",
         "mlp.down": "fc2",
         "mlp_norm": "final_layer_norm",
@@ -568,8 +578,8 @@ _BART_TENSORS = _table(
         "lm_head": "lm_head",
         "lm_head.bias": "final_logits_bias",
     },
-    encoder=_bart_block("encoder"),
-    decoder=_bart_block("decoder"),
+    encoder=_bart_block("encoder", cross={}),
+    decoder=_bart_block("decoder", cross=_BART_CROSS),
 )
 _BART_KEYS = {
     "hidden_size": Key("d_model"),
