@@ -258,14 +258,14 @@ def _marian(folder: Path) -> Tokenizer:
     model = proto.ModelProto.FromString(source)
     pieces = {piece.piece: piece for piece in model.pieces}
     lost = [name for name, piece in pieces.items() if piece.type == _PIECE["normal"] and name not in ids]
-    if source != target or lost or sorted(ids.values()) != list(range(len(ids))):
-        raise DataProblem(
-            f"vocab.json has no id for {lost[0]!r}"
-            if lost
-            else "source.spm and target.spm are two tokenizers",
-            where=str(folder),
-            fix="remove them there to import the weights alone",
-        )
+    obstacles = {
+        "source.spm and target.spm are two tokenizers": source != target,
+        f"vocab.json has no id for {lost[:1]}": bool(lost),
+        "the ids of vocab.json have gaps": sorted(ids.values()) != list(range(len(ids))),
+    }
+    if reasons := [reason for reason, stands in obstacles.items() if stands]:
+        fix = "remove the .spm files there to import the weights alone"
+        raise DataProblem(reasons[0], where=str(folder), fix=fix)
     del model.pieces[:]
     for name in sorted(ids, key=ids.__getitem__):
         control = proto.ModelProto.SentencePiece(piece=name, type=_PIECE["control"])
