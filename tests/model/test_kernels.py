@@ -125,3 +125,38 @@ def test_no_kernel_takes_a_bias():
     q = torch.randn(17, 4, 8)
     with pytest.raises(AssertionError, match="flash_attn_2 takes no bias"):
         attention(q, q, q, documents=documents(LENGTHS), bias=torch.zeros(4, 6, 6), backend="flash_attn_2")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 128, 200])
+@pytest.mark.parametrize("lengths", [(1,), (128,), (129, 1, 126), (50, 500, 60, 3), (40,) * 9])
+def test_blocks_that_flex_visits(monkeypatch, lengths, window, causal):
+    """Unfused FlexAttention ignores blocks, so they are compared with those that torch finds pair by pair."""
+    assert_blocks(monkeypatch, lengths, None, causal, window)
+
+
+@pytest.mark.parametrize("k_lens", [(1, 1, 1, 1), (300, 2, 130, 500), (128, 128, 128, 128)])
+def test_blocks_that_flex_visits_in_cross_attention(monkeypatch, k_lens):
+    assert_blocks(monkeypatch, (200, 1, 400, 30), k_lens, False, None)
+
+
+def assert_blocks(monkeypatch, q_lens, k_lens, causal, window):
+    module = pytest.importorskip("torch.nn.attention.flex_attention")
+    masks = []
+
+    def flex_attention(query, key, value, *, score_mod, block_mask, scale, enable_gqa):
+        masks.append(block_mask)
+        return query
+
+    monkeypatch.setattr(module, "flex_attention", flex_attention)
+    sides = {"documents": documents(q_lens), "keys": documents(k_lens) if k_lens else None}
+    q, k = torch.zeros(sum(q_lens), 1, 16), torch.zeros(sum(k_lens or q_lens), 1, 16)
+    attention(q, k, k, **sides, causal=causal, window=window, backend="flex")
+    needed = module.create_block_mask(masks[0].mask_mod, None, None, len(q), len(k), device="cpu").to_dense()
+    visited = masks[0].to_dense()
+    assert visited.shape == needed.shape
+    assert (visited >= needed).all()
+    if window is None:
+        assert (visited == needed).all()
+    else:  # a document that two blocks share may lie out of reach of its other part
+        assert visited.sum() <= needed.sum() + len(q_lens)
