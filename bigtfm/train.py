@@ -28,17 +28,20 @@ from bigtfm.resilience.signals import StopRequest
 from bigtfm.run_directory import identity, lay_out, refuse_changes, starting_point
 
 
-def train(job: Job, launch: Launch) -> None:
+def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     """Trains to `job.resolved.steps`, an early stop or a signal, from what stands in the run directory on.
 
     Returning (exit code 0) means: finite weights, every step applied, a verified checkpoint.
+
+    ranks: a process group that the caller has started and keeps, to train several jobs in one process.
 
     Raises:
         Problem: its subclass says what failed and with which exit code the process should end.
     """
     run, dataset, steps = job.run, job.dataset, job.resolved.steps
     stop = StopRequest()
-    ranks = distributed.start(launch)
+    own_ranks = ranks is None
+    ranks = ranks or distributed.start(launch)
     engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute)
     loader = batches_of(job, "train")
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
@@ -103,7 +106,8 @@ def train(job: Job, launch: Launch) -> None:
         raise
     if recorder is not None:
         recorder.summary(progress, last_checkpoint)
-    ranks.close()
+    if own_ranks:
+        ranks.close()
 
 
 def fresh_model(job: Job) -> LanguageModel:

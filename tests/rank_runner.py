@@ -6,11 +6,12 @@ of it, so nothing leaks from one run to the next.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +50,16 @@ def free_port() -> int:
 
 
 def start(
-    args: Sequence[str], folder: Path, world_size: int = 1, environ: Mapping[str, str] | None = None
+    args: Sequence[str],
+    folder: Path,
+    world_size: int = 1,
+    environ: Mapping[str, str] | None = None,
+    program: Callable[[], None] | None = None,
 ) -> list[multiprocessing.process.BaseProcess]:
-    """Starts `bigtfm ARGS` as `world_size` ranks in `folder`; their output goes to folder/rank-N.out."""
+    """Starts `bigtfm ARGS`, or another `program` of sys.argv, as `world_size` ranks in `folder`.
+
+    Their output goes to folder/rank-N.out.
+    """
     port = str(free_port())
     processes = []
     for rank in range(world_size):
@@ -64,11 +72,20 @@ def start(
             "OMP_NUM_THREADS": "1",
         }
         process = _server.Process(
-            target=_rank, args=(list(args), str(folder), rendezvous | dict(environ or {})), daemon=True
+            target=_rank,
+            args=(list(args), str(folder), rendezvous | dict(environ or {}), program or _bigtfm),
+            daemon=True,
         )
         process.start()
         processes.append(process)
     return processes
+
+
+def train_all(jobs: Sequence[Sequence[str]], folder: Path, world_size: int) -> Finished:
+    """Trains one job after the other in the same processes; a job is a DeepSpeed JSON and overrides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    args = [json.dumps([list(job) for job in jobs])]
+    return finish(start(args, folder, world_size, program=_train_all), folder, timeout=280)
 
 
 def finish(
@@ -95,7 +112,7 @@ def run(
     return finish(start(args, folder, world_size, environ), folder)
 
 
-def _rank(args: list[str], folder: str, environ: dict[str, str]) -> None:
+def _rank(args: list[str], folder: str, environ: dict[str, str], program: Callable[[], None]) -> None:
     os.environ.update(environ)
     os.chdir(folder)
     output = os.open(f"rank-{environ['RANK']}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -104,6 +121,23 @@ def _rank(args: list[str], folder: str, environ: dict[str, str]) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     sys.argv = ["bigtfm", *args]
+    program()
+
+
+def _bigtfm() -> None:
     from bigtfm.cli import app
 
     app()
+
+
+def _train_all() -> None:
+    from bigtfm.config.launch import Launch
+    from bigtfm.engine import distributed
+    from bigtfm.job import check_job
+    from bigtfm.train import train
+
+    launch = Launch.from_environment(os.environ, None)
+    ranks = distributed.start(launch)
+    for deepspeed_json, *overrides in json.loads(sys.argv[1]):
+        train(check_job(None, Path(deepspeed_json), overrides, launch.world_size), launch, ranks)
+    ranks.close()
