@@ -212,6 +212,7 @@ def export_hf(
         for name, content in _tokenizer_files(run_dir, tokenizer, identity, bool(original)).items():
             (building / name).write_bytes(content)
 
+        note = _tokenizer_note(tokenizer, building) if compare else ""
         theirs = hf_config.expressed(section, config)
         conversion = Conversion(target, theirs, vocab_size, vocab_size, target.position_offset(config))
         zeros = _write_weights(newest, building, conversion)
@@ -221,7 +222,7 @@ def export_hf(
         exported=f"{config['architectures'][0]} from {newest.name}, {_count(weights.weight_shapes(newest))} "
         "parameters",
         zero=f"{_some(zeros)}, which the run has not" if zeros else "",
-        tokenizer="" if tokenizer else "none in the run directory",
+        tokenizer=note,
         compared=parity,
         next=f"transformers.AutoModel.from_pretrained({str(out)!r})",
     )
@@ -283,6 +284,21 @@ def _tokenizer_files(
         named[special.mask] = "<mask>"
     added = {i: name for i, name in named.items() if i >= tokenizer.vocab_size}
     return hf_tokenizer.hf_files(tokenizer, added, closes=run.model.family != "gpt")
+
+
+def _tokenizer_note(tokenizer: Tokenizer | None, folder: Path) -> str:
+    """What is to be told of the tokenizer in `folder`, as AutoTokenizer loads it; "": it gives our ids."""
+    if tokenizer is None:
+        return "none in the run directory"
+    if find_spec("transformers") is None:
+        return ""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    same = all(
+        theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text) for text in hf_tokenizer.PROBE
+    )
+    return "" if same else "AutoTokenizer puts another in its place; PreTrainedTokenizerFast loads it"
 
 
 def _write_weights(newest: Path, folder: Path, conversion: Conversion) -> list[str]:

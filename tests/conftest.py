@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: two threads take ten times as long as one
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -41,6 +44,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, corpus_lines: list[str])
         [str(text)], folder / "tokens", vocab_size=512, validation_fraction=0.1, workers=1, progress=False
     )
     return folder / "tokens"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of one of hf_models' by its name, made when first asked for. Not to be written to."""
+    import hf_models
+
+    folder = tmp_path_factory.mktemp("hf")
+    return lambda name: folder / name if (folder / name).exists() else hf_models.make(name, folder)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ FILES = (
 _PIECE = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "byte": 6}  # sentencepiece_model.proto
 _UNIGRAM, _BPE = 1, 2
 UNKNOWN_NAMES = ("<unk>", "[UNK]", "<|unk|>")
-_PROBE = (
+PROBE = (
     "",
     " ",
     " The  quick brown fox\n\n\tjumps over 12,345.67 lazy dogs!  ",
@@ -236,7 +236,7 @@ def _normalizer(spec: Any) -> Any:
 
 def _require_same_ids(fast: Any, tokenizer: SentencePieceTokenizer) -> None:
     fast.encode_special_tokens = True  # as text
-    for text in _PROBE:
+    for text in PROBE:
         if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
             raise DataProblem(
                 f"as a tokenizer.json it would give other ids for {text!r}",

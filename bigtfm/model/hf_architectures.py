@@ -178,10 +178,11 @@ LLAMA = Architecture(
     keys=_LLAMA_KEYS,
     fixed=_LLAMA_FIXED,
     read=lambda config, _: {**_rotary(config), **_llama_bias(config)},
+    # Queries' biases alone are Qwen2's, but its tokenizer would come with it (docs/huggingface.md).
     write=lambda section, _: {
         **_write_rotary(section),
-        "attention_bias": section.bias,
-        "mlp_bias": section.bias,
+        "attention_bias": section.bias or bool(section.qkv_bias),
+        "mlp_bias": section.bias or bool(section.qkv_bias),
     },
     zeros=lambda config: _without(
         config, attention_bias=r"attention\.(qkv|out)\.bias", mlp_bias=r"mlp\.(gate_up|down)\.bias"

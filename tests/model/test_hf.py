@@ -24,13 +24,6 @@ from bigtfm.model.layers import sinusoids
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model by its name, made when first asked for. Not to be written to."""
-    folder = tmp_path_factory.mktemp("hf")
-    return lambda name: folder / name if (folder / name).exists() else hf_models.make(name, folder)
-
-
 @pytest.fixture
 def copied(models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     """The same with changes: keys of config.json, and a function of its tensors."""
