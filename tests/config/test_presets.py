@@ -33,6 +33,11 @@ PARAMETERS = {  # published counts, with the vocabulary that they belong to
     "gpt_6.7b": (6_658_473_984, 50272),
     "llama_1b": (1_235_814_400, 128256),
     "llama_8b": (8_030_261_248, 128256),
+    "bert_110m": (110_106_428, 30522),  # transformers' BertForPreTraining
+    "modernbert_149m": (149_655_232, 50368),
+    "transformer_65m": (63_081_472, 37000),  # the paper says 65 M
+    "t5_248m": (247_577_856, 32128),  # google/t5-v1_1-base
+    "bart_139m": (139_420_416, 50265),
 }
 
 
