@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from small_models import KINDS, SMALL, make
 from writing import PROMPTS, STD, WRITERS, from_scratch, one_thread, start_of  # noqa: F401
 
-from bigtfm.beam_search import beam_search
+from bigtfm.beam_search import _search, beam_search
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import ModelSection
 from bigtfm.decoding import Decoding
@@ -72,13 +74,13 @@ def test_with_enough_beams_it_finds_the_best_of_all_texts(kind):
         assert_same(found, expected)
 
 
-def by_the_book(model, prompt, *, new, width, penalty, best, eos):
+def by_the_book(logits_after, *, new, width, penalty, best, eos):
     """Beam search of one prompt to the very end, without cache, batch or early end."""
     beams, found = [([], 0.0)], []
     for length in range(1, new + 1):
         candidates = []
         for text, total in beams:
-            table = from_scratch(model, prompt, text)[-1].double().log_softmax(-1).tolist()
+            table = logits_after(text).double().log_softmax(-1).tolist()
             candidates += [([*text, token], total + value) for token, value in enumerate(table)]
         candidates.sort(key=lambda one: -one[1])
         for text, total in candidates[:width]:
@@ -88,31 +90,83 @@ def by_the_book(model, prompt, *, new, width, penalty, best, eos):
     return sorted(found, key=lambda one: -one[1])[:best]
 
 
-@settings(max_examples=25, deadline=None)
+searches = st.fixed_dictionaries(
+    {
+        "new": st.integers(1, 6),
+        "width": st.integers(1, 5),
+        "penalty": st.sampled_from(PENALTIES),
+        "best": st.integers(1, 5),
+        "eos": st.sampled_from([None, 0, 1, 2]),
+    }
+)
+
+
+@settings(max_examples=20, deadline=None)
 @given(
     kind=st.sampled_from(WRITERS),
-    prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=3),
-    new=st.integers(1, 6),
-    width=st.integers(1, 5),
-    penalty=st.sampled_from(PENALTIES),
-    best=st.integers(1, 5),
-    eos=st.sampled_from([None, 0, 1, 2]),
-    vocab_size=st.sampled_from([14, 40]),
+    prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=3),
+    vocab_size=st.integers(3, 9),  # few, so that many texts end
+    options=searches,
 )
-def test_follows_the_book(kind, prompts, new, width, penalty, best, eos, vocab_size):
-    model, best = tiny(kind, vocab_size), min(best, width)
-    options = {"new": new, "width": width, "penalty": penalty, "best": best, "eos": eos}
-    expected = [by_the_book(model, prompt, **options) for prompt in prompts]
+def test_follows_the_book(kind, prompts, vocab_size, options):
+    model, options = tiny(kind, vocab_size), {**options, "best": min(options["best"], options["width"])}
+    expected = [
+        by_the_book(lambda text, prompt=prompt: from_scratch(model, prompt, text)[-1], **options)
+        for prompt in prompts
+    ]
     found = search(
         model,
         prompts,
-        max_new_tokens=new,
-        num_beams=width,
-        length_penalty=penalty,
-        num_return_sequences=best,
-        eos_id=eos,
+        max_new_tokens=options["new"],
+        num_beams=options["width"],
+        length_penalty=options["penalty"],
+        num_return_sequences=options["best"],
+        eos_id=options["eos"],
     )
     assert_same(found, expected)
+
+
+class Tables:
+    """What the search needs of a Decoding, over random logits for every text: thousands of cases a minute."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed, rooms, vocab_size, spread, eos):
+        self.seed, self.room, self.vocab_size, self.spread, self.eos = seed, rooms, vocab_size, spread, eos
+        self.owners, self.texts = list(range(len(rooms))), [[] for _ in rooms]
+
+    def begin(self):
+        return torch.stack([self.logits_after(owner, []) for owner in self.owners])
+
+    def advance(self, rows, tokens):
+        self.owners = [self.owners[row] for row in rows]
+        self.texts = [[*self.texts[row], token] for row, token in zip(rows, tokens.tolist(), strict=True)]
+        return torch.stack([self.logits_after(*row) for row in zip(self.owners, self.texts, strict=True)])
+
+    def logits_after(self, owner, text):
+        draw = random.Random(f"{self.seed} {owner} {text}")
+        logits = torch.tensor([draw.gauss(0, self.spread) for _ in range(self.vocab_size)])
+        if self.eos is not None:
+            logits[self.eos] += 0.5 * self.spread
+        return logits
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 10**9),
+    rooms=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    vocab_size=st.integers(3, 6),
+    spread=st.sampled_from([0.3, 1.0, 2.0]),
+    options=searches,
+)
+def test_no_table_leads_it_astray(seed, rooms, vocab_size, spread, options):
+    eos, best = options["eos"], min(options["best"], options["width"])
+    tables = Tables(seed, rooms, vocab_size, spread, eos)
+    found = _search(tables, options["width"], options["penalty"], best, eos)
+    for owner, room in enumerate(rooms):
+        logits_after = partial(tables.logits_after, owner)
+        expected = by_the_book(logits_after, **{**options, "new": room, "best": best})
+        assert_same([[(one.tokens, one.score) for one in found[owner]]], [expected])
 
 
 @pytest.mark.parametrize("kind", ["gpt", "t5"])

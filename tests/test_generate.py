@@ -71,15 +71,32 @@ def test_padding_of_a_shorter_source_is_not_read(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["gpt", "t5"])
-def test_no_prompt_cares_for_the_rest_of_the_batch(kind):
+@pytest.mark.parametrize("sampling", [{}, SAMPLED])
+def test_no_prompt_cares_for_the_rest_of_the_batch(kind, sampling):
     model = make(kind, **STD)
-    eos = write(model, PROMPTS)[0][4]
-    for options in ({}, SAMPLED, {"eos_id": eos}):
-        options = {"max_new_tokens": 12, "seed": 3, **options}
-        together = write(model, PROMPTS, **options)
-        alone = [write(model, [prompt], **options)[0] for prompt in PROMPTS]
+    options = {"max_new_tokens": 12, "seed": 3, **sampling}
+    free = write(model, PROMPTS, **options)
+    for eos in (None, free[0][3], free[2][2]):  # ends that some prompts come to sooner than others
+        together = write(model, PROMPTS, eos_id=eos, **options)
+        alone = [write(model, [prompt], eos_id=eos, **options)[0] for prompt in PROMPTS]
         assert together == alone
-        assert write(model, PROMPTS[::-1], **options) == alone[::-1]
+        assert write(model, PROMPTS[::-1], eos_id=eos, **options) == alone[::-1]
+    assert len(set(map(len, together))) > 1
+
+
+def test_rows_may_be_left_out_and_go_on_as_several():
+    for kind in WRITERS:
+        model = make(kind, **STD)
+        with torch.inference_mode():
+            decoding = Decoding(model, PROMPTS, start_of(model), 9)
+            decoding.begin()
+            decoding.advance([0, 1, 2, 3], torch.tensor([7, 8, 9, 10]))
+            decoding.advance([2, 2, 0, 2], torch.tensor([3, 4, 5, 6]))
+            logits = decoding.advance([3, 1, 2], torch.tensor([1, 2, 3]))
+        assert decoding.owners == [2, 2, 0]
+        for row, prompt, written in ((0, 2, [9, 6, 1]), (1, 2, [9, 4, 2]), (2, 0, [7, 5, 3])):
+            expected = from_scratch(model, PROMPTS[prompt], written)[-1]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "t5"])
@@ -91,6 +108,12 @@ def test_seed_decides_and_repeated_prompts_differ(kind):
     assert one != write(model, [[1, 2]] * 3, seed=1, **options)
     assert len({tuple(tokens) for tokens in one}) == 3
     assert one[0] == write(model, [[1, 2]], seed=0, **options)[0]
+
+
+def test_each_token_is_drawn_with_a_number_of_its_own():
+    uniform = make("gpt", init_std=1e-30)
+    (tokens,) = write(uniform, [[1]], temperature=1, max_new_tokens=LIMIT)
+    assert len(set(tokens)) > LIMIT // 3
 
 
 @pytest.mark.parametrize("kind", ["gpt", "gpt-window", "t5", "transformer"])
@@ -145,6 +168,13 @@ def test_recomputation_does_not_matter(recompute):
 def test_a_model_of_half_precision_writes(kind):
     answers = write(make(kind).bfloat16(), PROMPTS, max_new_tokens=3)
     assert [len(tokens) for tokens in answers] == [3] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_gpu_writes_the_same(kind):
+    expected = write(make(kind, **STD), PROMPTS, **SAMPLED)
+    assert write(make(kind, **STD).cuda(), PROMPTS, **SAMPLED) == expected
 
 
 def frequencies(**options):
