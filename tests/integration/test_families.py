@@ -33,18 +33,17 @@ FAMILIES = {
         "model.bias=true",
     ],
 }
-RECOMPUTE = ("none", "full", "selective")
+RECOMPUTE = ("none", "full", "selective", "2")
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.fixture(scope="module")
-def curves(
-    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path
-) -> dict[tuple[str, int, str], list[float]]:
-    """Five losses of every family, stage and recomputation: two ranks, dropout, two micro batches a step."""
-    folder = tmp_path_factory.mktemp("families")
-    cells, jobs = [], []
-    for stage in STAGES:
+Cell = tuple[str, int, str]  # family, stage, recomputation
+
+
+def train_cells(folder: Path, data: Path, cells: list[Cell], *more: str) -> dict[Cell, list[float]]:
+    """Five losses of each cell: two ranks, dropout, two micro batches a step."""
+    jobs = []
+    for family, stage, recompute in cells:
         content = {
             "train_batch_size": 8,
             "train_micro_batch_size_per_gpu": 2,
@@ -53,24 +52,38 @@ def curves(
             "zero_optimization": {"stage": stage},
         }
         (folder / f"zero{stage}.json").write_text(json.dumps(content))
-        for family, shape in FAMILIES.items():
-            for recompute in RECOMPUTE:
-                cells.append((family, stage, recompute))
-                name = f"run.name={family}-{stage}-{recompute}"
-                fixed = [*TINY, f"data.path={tiny_data}", "steps=5", "model.dropout=0.1", name]
-                jobs.append([f"zero{stage}.json", *fixed, *shape, f"recompute={recompute}"])
+        named = [f"run.name={family}-{stage}-{recompute}", f"data.path={data}", f"recompute={recompute}"]
+        jobs.append(
+            [f"zero{stage}.json", *TINY, *named, "steps=5", "model.dropout=0.1", *FAMILIES[family], *more]
+        )
     finished = rank_runner.train_all(jobs, folder, world_size=2)
     assert finished.codes == [0, 0], finished.output[-3000:]
     return {cell: losses(folder / "runs" / "-".join(map(str, cell))) for cell in cells}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> dict[Cell, list[float]]:
+    """Every family, stage and recomputation, one after the other in the same two processes."""
+    cells = [(family, stage, recompute) for stage in STAGES for family in FAMILIES for recompute in RECOMPUTE]
+    return train_cells(tmp_path_factory.mktemp("families"), tiny_data, cells)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_stage_and_recomputation_gives_the_same_losses(
-    family: str, stage: int, recompute: str, curves: dict[tuple[str, int, str], list[float]]
+    family: str, stage: int, recompute: str, curves: dict[Cell, list[float]]
 ) -> None:
     reference = curves[family, 0, "none"]
     assert len(reference) == 5
     assert min(reference[1:]) < reference[0] - 0.05, "it learns, so equal curves mean something"
     assert curves[family, stage, recompute] == pytest.approx(reference, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(
+    tmp_path: Path, tiny_data: Path, curves: dict[Cell, list[float]]
+) -> None:
+    cells = [("gpt", 0, "none"), ("encoder_decoder", 3, "full"), ("bert", 3, "none")]
+    for cell, curve in train_cells(tmp_path, tiny_data, cells, "compile_blocks=true").items():
+        assert curve == pytest.approx(curves[cell], abs=1e-5), cell

@@ -47,6 +47,15 @@ def trained(*args: Any, **kwargs: Any) -> Path:
     return args[0] / "runs" / kwargs.get("name", "run")
 
 
+def trained_all(folder: Path, data: Path, json_files: list[Path], world_size: int) -> list[list[float]]:
+    """20 losses of a training with each of the files, one after the other in the same processes."""
+    fixed = [f"data.path={data}", *TINY, "steps=20"]
+    jobs = [[str(path), f"run.name={path.stem}", *fixed] for path in json_files]
+    finished = rank_runner.train_all(jobs, folder, world_size)
+    assert finished.codes == [0] * world_size, finished.output[-3000:]
+    return [losses(folder / "runs" / path.stem) for path in json_files]
+
+
 def shard_hashes(run_dir: Path, step: int) -> dict[str, str]:
     """SHA-256 of every file of weights and moments in a checkpoint."""
     manifest = json.loads((run_dir / f"checkpoints/step-{step:08d}/manifest.json").read_text())
@@ -70,29 +79,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> list
     return result
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stages_on_two_ranks_give_the_same_losses(
-    stage: int, tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
 ) -> None:
-    run_dir = trained(tmp_path, tiny_data, deepspeed_json(stage=stage), "steps=20", world_size=2)
-    assert losses(run_dir) == pytest.approx(reference, abs=1e-5)
+    json_files = [deepspeed_json(f"stage-{stage}.json", stage=stage) for stage in (0, 1, 2, 3)]
+    for curve in trained_all(tmp_path, tiny_data, json_files, world_size=2):
+        assert curve == pytest.approx(reference, abs=1e-5)
 
 
-@pytest.mark.parametrize("change", ["recompute=full", "recompute=selective", "recompute=2"])
-@pytest.mark.parametrize("stage", [0, 3])
-def test_recomputation_gives_the_same_losses(
-    stage: int, change: str, tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
-) -> None:
-    run_dir = trained(tmp_path, tiny_data, deepspeed_json(stage=stage), "steps=20", change, world_size=2)
-    assert losses(run_dir) == pytest.approx(reference, abs=1e-5)
-
-
-@pytest.mark.parametrize("micro_batch", [1, 4, 8])
 def test_accumulation_gives_the_same_losses(
-    micro_batch: int, tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
 ) -> None:
-    json_file = deepspeed_json(train_micro_batch_size_per_gpu=micro_batch)
-    assert losses(trained(tmp_path, tiny_data, json_file, "steps=20")) == pytest.approx(reference, abs=1e-5)
+    json_files = [deepspeed_json(f"{n}.json", train_micro_batch_size_per_gpu=n) for n in (1, 4, 8)]
+    for curve in trained_all(tmp_path, tiny_data, json_files, world_size=1):
+        assert curve == pytest.approx(reference, abs=1e-5)
 
 
 def test_losses_and_gradient_norms_are_those_of_plain_torch(

@@ -10,6 +10,7 @@ from small_models import KINDS, VOCAB, assert_same, batch, documents, gradients,
 
 from bigtfm.config.run import ObjectiveSection
 from bigtfm.model.attention import Documents
+from bigtfm.model.transformer import Block, compile_blocks
 from bigtfm.planner.memory import count_parameters
 
 RAGGED = [5, 1, 9, 24, 1, 5]  # length 1, and the longest that the model reads
@@ -158,6 +159,16 @@ def test_attention_dropout_does_not_depend_on_packing(kind):
     plain = make(kind, attention="reference")
     assert abs(model(**inputs)[0].item() - plain(**inputs)[0].item()) > 1e-2
     assert model.eval()(**inputs)[0].item() == pytest.approx(plain.eval()(**inputs)[0].item(), rel=1e-6)
+
+
+def test_blocks_are_compiled_and_parameters_keep_their_names():
+    model = make("t5")
+    names = [name for name, _ in model.named_parameters()]
+    compile_blocks(model)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    assert len(blocks) == 5
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_dropout_differs_between_the_stacks():
