@@ -50,7 +50,7 @@ def import_hf(source: str, out: Path, *, vocab_size: int | None = None, compare:
         architecture = hf_config.architecture_of(config)
         files = TensorFiles(folder)
         section = hf_config.to_model_section(config, files.shapes)
-        tokenizer = hf_tokenizer.read_tokenizer(folder)
+        tokenizer, missing = hf_tokenizer.read_tokenizer(folder)
         conversion = _conversion(architecture, section, config, tokenizer, vocab_size)
         plan = plan_import(files, config, conversion)
         section = conversion.section
@@ -73,7 +73,7 @@ def import_hf(source: str, out: Path, *, vocab_size: int | None = None, compare:
         initialised=f"{some(plan.fresh)}, as a fresh run's" if plan.fresh else "",
         zero=f"{some(plan.zeros)}, which it has not" if plan.zeros else "",
         dropped=some(plan.dropped),
-        vocabulary=_vocabulary(conversion, tokenizer),
+        vocabulary=_vocabulary(conversion, tokenizer, missing),
         compared=parity,
         next=f"bigtfm train --deepspeed_config FILE --config {out / 'run.toml'} run.init_from={out} "
         "run.name=NAME data.path=DATA",
@@ -174,9 +174,9 @@ def _comparable(plan: Plan) -> str:
     return architecture.classes[-1 if no_decoder else 1]
 
 
-def _vocabulary(conversion: Conversion, tokenizer: Tokenizer | None) -> str:
+def _vocabulary(conversion: Conversion, tokenizer: Tokenizer | None, missing: str) -> str:
     parts = [f"{conversion.our_vocab_size:,} tokens"]
     if conversion.our_vocab_size != conversion.vocab_size:
         parts.append(f"the model's {conversion.vocab_size:,} were cut or extended")
-    parts.append(f"the tokenizer's {tokenizer.vocab_size:,}" if tokenizer else "no tokenizer found")
+    parts.append(f"the tokenizer's {tokenizer.vocab_size:,}" if tokenizer else missing)
     return "; ".join(parts)

@@ -9,7 +9,6 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 ROPE = {"max_position_embeddings": 64, "num_key_value_heads": 2, "vocab_size": 101}
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 5000.0,
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -51,7 +50,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama-bare": ("LlamaConfig", SIZES | ROPE, "LlamaModel"),
     "llama3": (
         "LlamaConfig",
-        SIZES | ROPE | {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 12},
+        SIZES
+        | ROPE
+        | {"rope_theta": 5000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 12},
         "LlamaForCausalLM",
     ),
     "llama-attention-bias": ("LlamaConfig", SIZES | ROPE | {"attention_bias": True}, "LlamaForCausalLM"),

@@ -49,22 +49,22 @@ PROBE = (
 )
 
 
-def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder; None where it has none.
+def read_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
+    """The tokenizer of a Hugging Face folder, or None and why there is none.
 
     Raises:
-        DataProblem: it is damaged, or its kind can't be converted exactly.
+        DataProblem: it is damaged.
     """
     if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
+        return load_tokenizer(folder), ""
     for name in ("tokenizer.model", "spiece.model"):
         if (folder / name).is_file():
-            return load_tokenizer(folder / name)
+            return load_tokenizer(folder / name), ""
     if (folder / "source.spm").is_file():
         return _marian(folder)
     if any((folder / name).is_file() for name in ("vocab.txt", "vocab.json")):
-        return load_tokenizer(folder)  # by transformers
-    return None
+        return load_tokenizer(folder), ""  # by transformers
+    return None, "no tokenizer found"
 
 
 def hf_files(tokenizer: Tokenizer, added: Mapping[int, str], *, closes: bool) -> dict[str, bytes]:
@@ -246,28 +246,31 @@ def _require_same_ids(fast: Any, tokenizer: SentencePieceTokenizer) -> None:
     fast.encode_special_tokens = False
 
 
-def _marian(folder: Path) -> Tokenizer:
+def _marian(folder: Path) -> tuple[Tokenizer | None, str]:
     """Marian's sentencepiece model with the ids that its vocab.json gives the pieces.
 
     It has one for the source and one for the target. Only where they are the same does one tokenizer do.
     """
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    source, target = ((folder / f"{side}.spm").read_bytes() for side in ("source", "target"))
-    ids: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    model = proto.ModelProto.FromString(source)
-    pieces = {piece.piece: piece for piece in model.pieces}
-    lost = [name for name, piece in pieces.items() if piece.type == _PIECE["normal"] and name not in ids]
-    obstacles = {
-        "source.spm and target.spm are two tokenizers": source != target,
-        f"vocab.json has no id for {lost[:1]}": bool(lost),
-        "the ids of vocab.json have gaps": sorted(ids.values()) != list(range(len(ids))),
-    }
-    if reasons := [reason for reason, stands in obstacles.items() if stands]:
-        fix = "remove the .spm files there to import the weights alone"
-        raise DataProblem(reasons[0], where=str(folder), fix=fix)
+    try:
+        source, target = ((folder / f"{side}.spm").read_bytes() for side in ("source", "target"))
+        ids: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        model = proto.ModelProto.FromString(source)
+        pieces = {piece.piece: piece for piece in model.pieces}
+        lost = [name for name, piece in pieces.items() if piece.type == _PIECE["normal"] and name not in ids]
+        has_gaps = sorted(ids.values()) != list(range(len(ids)))
+    except Exception as error:
+        fix = "download source.spm, target.spm and vocab.json again"
+        raise DataProblem(f"its tokenizer can't be read: {error}", where=str(folder), fix=fix) from None
+    if source != target or lost or has_gaps:
+        differ = "source.spm and target.spm are two tokenizers"
+        return (
+            None,
+            f"no tokenizer: {differ if source != target else 'vocab.json lacks pieces of source.spm'}",
+        )
     del model.pieces[:]
     for name in sorted(ids, key=ids.__getitem__):
         control = proto.ModelProto.SentencePiece(piece=name, type=_PIECE["control"])
         model.pieces.append(pieces.get(name, control))
-    return SentencePieceTokenizer(model.SerializeToString(), where=str(folder / "source.spm"))
+    return SentencePieceTokenizer(model.SerializeToString(), where=str(folder / "source.spm")), ""
