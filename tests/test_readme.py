@@ -33,6 +33,13 @@ RUN = {
     "configs/quickstart.toml run.name=two steps=20": f"{{}} steps=3 {SHORT}",
     "bigtfm check --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
     "--world-size 2": AS_IT_STANDS,
+    "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
+    "model.family=bert run.name=bert steps=20": f"{{}} steps=3 {SHORT}",
+    'bigtfm generate --run runs/bert --prompt "My fellow <mask>,"': AS_IT_STANDS,
+    "bigtfm export-hf runs/mine mine-hf": AS_IT_STANDS,
+    "bigtfm import-hf mine-hf runs/again": AS_IT_STANDS,
+    "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
+    "model.family=encoder_decoder run.name=t5 steps=20": f"{{}} steps=3 {SHORT}",
     "bigtfm check --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml steps=100 "
     "model.dropout=0.1 --json": AS_IT_STANDS,
 }
