@@ -289,7 +289,7 @@ def generate(
     A gpt goes on from the prompt, a bert fills its masks in, an encoder_decoder writes what its sentinels
     stand for, or the whole text anew (infilling).
     """
-    from bigtfm.prompts import Settings, answers
+    from bigtfm.generation.prompts import Settings, answers
     from bigtfm.run_directory import open_run
 
     settings = Settings(

@@ -36,6 +36,11 @@ RUN = {
     "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
     "model.family=bert run.name=bert steps=20": f"{{}} steps=3 {SHORT}",
     'bigtfm generate --run runs/bert --prompt "My fellow <mask>,"': AS_IT_STANDS,
+    'bigtfm generate --run runs/mine --prompt "My fellow Americans," --num-beams 4 '
+    "--num-return-sequences 2": AS_IT_STANDS,
+    'bigtfm generate --run runs/bert --prompt "The <mask> of the Union" --json --top-k 10': AS_IT_STANDS,
+    'bigtfm generate --run runs/t5 --prompt "The state of the <extra_id_0> is <extra_id_1>." '
+    "--num-beams 4": AS_IT_STANDS,
     "bigtfm export-hf runs/mine mine-hf": AS_IT_STANDS,
     "bigtfm import-hf mine-hf runs/again": AS_IT_STANDS,
     "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
@@ -48,8 +53,12 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "--out data/openwebtext": "downloads 40 GB from the Hugging Face hub",
     "deepspeed --num_gpus 8 launch/train.py --deepspeed_config ds_configs/zero1_bf16.json --config "
     "configs/gpt_124m.toml": "needs eight GPUs and OpenWebText",
+    "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub, as what follows",
+    "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
+    "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "
+    "run.init_from=runs/gpt2 run.name=mine data.path=data/mine": "needs that import",
 }
-NO_COMMANDS = {"text", "toml", "json"}  # fences that show something else
+NO_COMMANDS = {"text", "toml", "json", "python"}  # fences that show something else
 
 
 def fences(document: Path) -> Iterator[tuple[str, str]]:
@@ -165,7 +174,11 @@ def test_the_commands_do_what_the_text_says(clone: Path) -> None:
     assert {name: len(lines) for name, lines in rows.items()} == {"mine": 3, "two": 3}
     generated = next(text for command, text in printed.items() if "generate" in command)
     assert generated.startswith("Once upon a time")
-    checked = next(text for command, text in printed.items() if command.endswith("--json"))
+    filled = next(text for command, text in printed.items() if "runs/bert" in command and "--json" in command)
+    assert len(json.loads(filled)["masks"][0]) == 10
+    assert (clone / "mine-hf/model.safetensors").is_file()
+    assert (clone / "runs/again/run.toml").is_file()
+    checked = next(text for command, text in printed.items() if "check" in command and "--json" in command)
     assert json.loads(checked)["steps"] == 100
 
 

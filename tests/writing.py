@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from small_models import KINDS, SMALL
 
@@ -12,15 +11,6 @@ LIMIT = SMALL["max_seq_len"]
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
 WRITERS = [kind for kind, shape in KINDS.items() if shape["family"] != "bert"]
 STD = {"init_std": 0.5}  # far from uniform
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two wait for each other at each operation of a small model while other programs want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def start_of(model):

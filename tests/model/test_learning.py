@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bigtfm.config.run import ModelSection
-from bigtfm.generate import generate
+from bigtfm.generation.sampling import generate
 from bigtfm.model.families import make_model
 from bigtfm.model.transformer import init_weights
 

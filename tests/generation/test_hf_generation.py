@@ -5,10 +5,9 @@ from __future__ import annotations
 import hf_models
 import pytest
 import torch
-from writing import one_thread  # noqa: F401
 
-from bigtfm.beam_search import beam_search
-from bigtfm.generate import generate
+from bigtfm.generation.beam_search import beam_search
+from bigtfm.generation.sampling import generate
 from bigtfm.model import hf_config
 from bigtfm.model.families import make_model
 from bigtfm.model.hf import Conversion

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import KINDS, SMALL, make
-from writing import PROMPTS, STD, WRITERS, from_scratch, one_thread, start_of  # noqa: F401
+from writing import PROMPTS, STD, WRITERS, from_scratch, start_of
 
-from bigtfm.beam_search import _search, beam_search
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import ModelSection
-from bigtfm.decoding import Decoding
-from bigtfm.generate import generate
+from bigtfm.generation.beam_search import _search, beam_search
+from bigtfm.generation.decoding import Decoding
+from bigtfm.generation.sampling import generate
 from bigtfm.model.families import make_model
 from bigtfm.model.transformer import init_weights
 

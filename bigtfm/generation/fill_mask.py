@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.decoding import Prompts, check_prompts, inference, pack
+from bigtfm.generation.decoding import Prompts, check_prompts, inference, pack
 from bigtfm.model.bert import BERT
 
 

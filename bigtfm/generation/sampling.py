@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.decoding import Decoding, Prompts, check_length, check_prompts, inference
+from bigtfm.generation.decoding import Decoding, Prompts, check_length, check_prompts, inference
 from bigtfm.model.encoder_decoder import EncoderDecoder
 from bigtfm.model.gpt import GPT
 from bigtfm.model.randomness import stream_key, uniform

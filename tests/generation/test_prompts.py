@@ -9,19 +9,18 @@ from dataclasses import replace
 
 import pytest
 from small_models import KINDS, SMALL
-from writing import one_thread  # noqa: F401
 
-from bigtfm.beam_search import beam_search
 from bigtfm.cli import app
 from bigtfm.config.run import ModelSection, ObjectiveSection, RunConfig
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.weights import save_weights
-from bigtfm.generate import generate
+from bigtfm.generation.beam_search import beam_search
+from bigtfm.generation.prompts import Settings, answers
+from bigtfm.generation.sampling import generate
 from bigtfm.model.families import make_model
 from bigtfm.model.transformer import init_weights
-from bigtfm.prompts import Settings, answers
 from bigtfm.run_directory import open_run
 
 RUNS = {"gpt": None, "bert": None, "t5": "span_corruption", "bart": "infilling"}
@@ -67,13 +66,13 @@ def read(monkeypatch):
     seen = []
     for name, function in (("generate", generate), ("beam_search", beam_search)):
         monkeypatch.setattr(
-            f"bigtfm.prompts.{name}",
+            f"bigtfm.generation.prompts.{name}",
             lambda model, ids, _function=function, **options: (
                 seen.append((ids, options["start"])) or _function(model, ids, **options)
             ),
         )
     monkeypatch.setattr(
-        "bigtfm.prompts.fill_mask",
+        "bigtfm.generation.prompts.fill_mask",
         lambda model, ids, mask, top_k: seen.append((ids, [])) or [[[(7, 1.0)]] * i.count(mask) for i in ids],
     )
     return seen
@@ -117,7 +116,7 @@ def test_sentinels_are_read_and_shown(runs, read, monkeypatch):
         read.append((ids, options["start"]))
         return [written]
 
-    monkeypatch.setattr("bigtfm.prompts.generate", written_anyway)
+    monkeypatch.setattr("bigtfm.generation.prompts.generate", written_anyway)
     (answer,) = ask(opened, prompt)
     middle = tokenizer.encode(" of the")
     ids = [special.bos, *tokenizer.encode("The"), first, *middle, second, special.eos]

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VOCAB, make
-from writing import LIMIT, STD, inputs, one_thread  # noqa: F401
+from writing import LIMIT, STD, inputs
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.fill_mask import fill_mask
+from bigtfm.generation.fill_mask import fill_mask
 
 MASK = 36
 tokens = st.integers(0, MASK)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
-from bigtfm.beam_search import beam_search
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.data.special import MASK_NAMES, SpecialIds
 from bigtfm.data.tokenizer import Tokenizer
-from bigtfm.fill_mask import fill_mask
-from bigtfm.generate import generate
+from bigtfm.generation.beam_search import beam_search
+from bigtfm.generation.fill_mask import fill_mask
+from bigtfm.generation.sampling import generate
 from bigtfm.model.bert import BERT
 from bigtfm.model.encoder_decoder import EncoderDecoder
 from bigtfm.model.gpt import GPT

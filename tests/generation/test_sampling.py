@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VOCAB, make
-from writing import LIMIT, PROMPTS, STD, WRITERS, from_scratch, inputs, one_thread, start_of  # noqa: F401
+from writing import LIMIT, PROMPTS, STD, WRITERS, from_scratch, inputs, start_of
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.decoding import Decoding
-from bigtfm.generate import generate, sample
+from bigtfm.generation.decoding import Decoding
+from bigtfm.generation.sampling import generate, sample
 from bigtfm.model.transformer import ReadMemory
 
 SAMPLED = {"temperature": 0.9, "top_k": 12, "top_p": 0.9}
@@ -63,7 +63,8 @@ def test_padding_of_a_shorter_source_is_not_read(monkeypatch):
     right = write(model, PROMPTS)
     # the control: every source is taken for as long as the longest
     monkeypatch.setattr(
-        "bigtfm.decoding.ReadMemory", lambda k, v, lengths: ReadMemory(k, v, 0 * lengths + lengths.amax())
+        "bigtfm.generation.decoding.ReadMemory",
+        lambda k, v, lengths: ReadMemory(k, v, 0 * lengths + lengths.amax()),
     )
     wrong = write(model, PROMPTS)
     assert wrong[2] == right[2]

@@ -1,0 +1,1 @@
+"""Answers from a trained model: sampling, beam search, filled masks, and the text around them."""
