@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
-from writing import one_thread  # noqa: F401  (a fixture)
 
 from bigtfm import convert, parity
 from bigtfm.cli import app

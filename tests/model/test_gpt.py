@@ -165,10 +165,7 @@ def test_documents_do_not_leak():
 
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:5] = (changed["input_ids"][:5] + 1) % VOCAB
-    before, after = (
-        logits_of(model, b)
-        for b in (inputs, changed)
-    )
+    before, after = (logits_of(model, b) for b in (inputs, changed))
     assert torch.equal(before[5:], after[5:])
     assert not torch.equal(before[:5], after[:5])
 
@@ -247,8 +244,12 @@ def test_initial_weights_are_a_function_of_seed_and_name():
                 parameter[:VOCAB], initial_value(name, tuple(parameter.shape), config, 0)[:VOCAB]
             )
     deeper = dict(make(num_layers=5).named_parameters())
-    assert torch.equal(deeper["decoder.layers.1.attention.qkv.weight"], one["decoder.layers.1.attention.qkv.weight"])
-    assert not torch.equal(one["decoder.layers.0.attention.qkv.weight"], one["decoder.layers.1.attention.qkv.weight"])
+    assert torch.equal(
+        deeper["decoder.layers.1.attention.qkv.weight"], one["decoder.layers.1.attention.qkv.weight"]
+    )
+    assert not torch.equal(
+        one["decoder.layers.0.attention.qkv.weight"], one["decoder.layers.1.attention.qkv.weight"]
+    )
     state = torch.get_rng_state()
     make()
     assert torch.equal(state, torch.get_rng_state())
@@ -380,7 +381,10 @@ def test_equals_gpt2_of_transformers():
         parts |= {"attention.out": block.attn.c_proj, "mlp.up": block.mlp.c_fc, "mlp.down": block.mlp.c_proj}
         for name, part in parts.items():
             weight = part.weight.T if part.weight.dim() == 2 else part.weight  # Conv1D keeps [in, out]
-            state |= {f"decoder.layers.{i}.{name}.weight": weight, f"decoder.layers.{i}.{name}.bias": part.bias}
+            state |= {
+                f"decoder.layers.{i}.{name}.weight": weight,
+                f"decoder.layers.{i}.{name}.bias": part.bias,
+            }
     ours.load_state_dict({name: value.detach() for name, value in state.items()})
     assert_same_as_transformers(ours, theirs, theirs.transformer.wte.weight)
 
