@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigtfm.config.sections import Backend
 from bigtfm.environment import environment
 from bigtfm.model.attention import Documents, attention, by_length, groups_by_length
-from bigtfm.model.backends import Backend, Device, Needs, installed_kernels, obstacle, this_device
+from bigtfm.model.backends import Device, Needs, installed_kernels, obstacle, this_device
 
 PEER = "padded"
 DENSITIES = ("dense", "ragged", "short")

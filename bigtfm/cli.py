@@ -342,7 +342,7 @@ def import_hf(
 
     A training begins with its weights when run.init_from names that directory.
     """
-    from bigtfm.import_hf import import_hf as run
+    from bigtfm.huggingface.import_hf import import_hf as run
 
     print("\n".join(run(source, out, vocab_size=vocab_size, compare=compare)))
 
@@ -360,7 +360,7 @@ def export_hf(
     compare: Compare = True,
 ) -> None:
     """Make a Hugging Face model of a run's newest checkpoint."""
-    from bigtfm.export_hf import export_hf as run
+    from bigtfm.huggingface.export_hf import export_hf as run
 
     print("\n".join(run(run_dir, out, architecture=architecture, compare=compare)))
 

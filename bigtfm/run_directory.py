@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
-from bigtfm.config.run import DataSection, ModelSection, ObjectiveSection, RunConfig
+from bigtfm.config.run import RunConfig
+from bigtfm.config.sections import DataSection, ModelSection, ObjectiveSection
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bigtfm.config.run import ComputeSection, ModelSection, ObjectiveSection
+from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
 from bigtfm.model.families import make_model
 from bigtfm.model.transformer import init_weights
 

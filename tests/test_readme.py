@@ -53,7 +53,7 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "--out data/openwebtext": "downloads 40 GB from the Hugging Face hub",
     "deepspeed --num_gpus 8 launch/train.py --deepspeed_config ds_configs/zero1_bf16.json --config "
     "configs/gpt_124m.toml": "needs eight GPUs and OpenWebText",
-    "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub, as what follows",
+    "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub",
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "
     "run.init_from=runs/gpt2 run.name=mine data.path=data/mine": "needs that import",

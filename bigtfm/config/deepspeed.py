@@ -17,7 +17,7 @@ from bigtfm.config.deepspeed_schema import CLIPPING_DEFAULT, Key, Table
 from bigtfm.config.deepspeed_types import OPTIMIZERS, SCHEDULERS
 from bigtfm.config.deepspeed_walk import Finding, canonical, findings
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

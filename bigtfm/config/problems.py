@@ -45,7 +45,7 @@ class DataProblem(Problem):
 
 
 class NumericsProblem(Problem):
-    """A loss, gradient or weight is not finite."""
+    """A loss, gradient or weight is not finite, or two models that should be the same differ."""
 
     exit_code = 70
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from bigtfm.config.run import Objective, ObjectiveSection
+from bigtfm.config.sections import Objective, ObjectiveSection
 from bigtfm.data.masking import masked_lm
 from bigtfm.data.spans import infilling, span_corruption
 from bigtfm.data.special import SpecialIds

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtfm.config.run import ObjectiveSection
+from bigtfm.config.sections import ObjectiveSection
 from bigtfm.data.order import stream_key, uniform
 from bigtfm.data.windows import IGNORE, Examples, Windows, choose, places, within
 

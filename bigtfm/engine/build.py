@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ComputeSection
+from bigtfm.config.sections import ComputeSection
 from bigtfm.engine import fragments, schedules
 from bigtfm.model.transformer import compile_blocks, init_weights
 
@@ -105,13 +105,14 @@ def _require_precision(config: dict[str, Any]) -> None:
 
 
 def _groups(model: nn.Module, kind: str, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for the matrices; none for the vectors (norms, biases)."""
+    """Weight decay for the matrices; none for the vectors (norms, biases) and what the model exempts."""
     if kind == "Adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
         return [{"params": list(model.parameters())}]
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
-        (matrices if _dimensions(parameter) >= 2 else vectors).append(parameter)
+        decays = _dimensions(parameter) >= 2 and not getattr(parameter, "no_weight_decay", False)
+        (matrices if decays else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bigtfm.config.sections import Backend
 from bigtfm.model import kernels
-from bigtfm.model.backends import Backend
 from bigtfm.model.randomness import mix32
 
 

@@ -16,12 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import Backend, ModelSection
 
-Backend = Literal[
-    "flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "flex",
-    "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "reference",
-]  # fmt: skip
 FUSED = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "sdpa_flash", "sdpa_cudnn")
 PACKAGES = {
     "flash_attn_2": "pip install flash-attn",

@@ -20,6 +20,9 @@ class BERT(LanguageModel):
         self.encoder = Stack(self.config, "encoder", seed=self.seed, compute=self.compute)
         self.mlm_head = MaskedHead(self.config)
         self.next_sentence = NextSentence(self.config) if self.config.next_sentence else None
+        if self.next_sentence is not None and not self.objective.next_sentence:  # it gets no gradient
+            for parameter in self.next_sentence.parameters():
+                parameter.no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(
         self,

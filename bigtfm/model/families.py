@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 from bigtfm.model.bert import BERT
 from bigtfm.model.encoder_decoder import EncoderDecoder
 from bigtfm.model.gpt import GPT

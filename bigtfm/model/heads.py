@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtfm.config.run import ComputeSection, ModelSection, ObjectiveSection
+from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
 from bigtfm.model.attention import Documents, by_length, groups_by_length
 from bigtfm.model.layers import Bias, Embedding, Linear, l1_penalty, make_norm
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtfm.model.backends import Backend
+from bigtfm.config.sections import Backend
 
 BLOCK = 128  # tokens; FlexAttention skips pairs of blocks
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 
 
 class Linear(nn.Module):
@@ -179,10 +179,11 @@ def sinusoids(position_ids: Tensor, features: int) -> Tensor:
     """Position encodings, fp32 [T, C]: the sines, then the cosines (Vaswani et al. 2017, section 3.5).
 
     The paper interleaves them, its code (tensor2tensor), fairseq and Marian do not: features have no order.
+    Angles are fp64: at position 2,048 the rounding of fp32 ones is seen in a model's logits.
     """
-    exponent = torch.arange(0, features, 2, device=position_ids.device, dtype=torch.float32) / features
-    angles = position_ids[:, None].float() * torch.exp(-math.log(10000.0) * exponent)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)[:, :features]
+    exponent = torch.arange(0, features, 2, device=position_ids.device, dtype=torch.float64) / features
+    angles = position_ids[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[:, :features].float()
 
 
 class RelativeBias(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from bigtfm.config.run import ComputeSection, ModelSection
+from bigtfm.config.sections import ComputeSection, ModelSection
 from bigtfm.model.attention import AttentionDropout, Documents, attention, cached_attention
 from bigtfm.model.layers import (
     Embedding,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 
 
 class Matrix(NamedTuple):

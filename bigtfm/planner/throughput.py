@@ -6,7 +6,7 @@ import re
 import time
 from typing import NamedTuple
 
-from bigtfm.config.run import ModelSection, ObjectiveSection
+from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.planner.memory import block_matrices, cross_matrices
 
 

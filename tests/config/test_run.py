@@ -112,6 +112,12 @@ def test_every_field_says_what_it_is() -> None:
             assert len(field.description or "") > 10, f"{table}.{name}"
 
 
+def test_lists_need_no_brackets_on_the_command_line() -> None:
+    run = load_run_config(None, ["rotary_scaling=8.0, 1,4.0,8192", "resume.allow=data,seed"])
+    assert run.model.rotary_scaling == (8.0, 1.0, 4.0, 8192.0)
+    assert run.resume.allow == ("data", "seed")
+
+
 def test_no_truth_is_stated_twice() -> None:
     stated = {path.rpartition(".")[2] for path in paths(schema({}))}
     own = (

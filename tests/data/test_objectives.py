@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from memory_split import MemorySplit
 
 from bigtfm.config.problems import DataProblem
-from bigtfm.config.run import ObjectiveSection
+from bigtfm.config.sections import ObjectiveSection
 from bigtfm.data import spans, windows
 from bigtfm.data.loader import Batch, Loader
 from bigtfm.data.masking import PAIR_TOKENS

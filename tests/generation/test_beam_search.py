@@ -13,7 +13,7 @@ from small_models import KINDS, SMALL, make
 from writing import PROMPTS, STD, WRITERS, from_scratch, start_of
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 from bigtfm.generation.beam_search import _search, beam_search
 from bigtfm.generation.decoding import Decoding
 from bigtfm.generation.sampling import generate

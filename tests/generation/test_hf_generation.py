@@ -8,10 +8,10 @@ import torch
 
 from bigtfm.generation.beam_search import beam_search
 from bigtfm.generation.sampling import generate
-from bigtfm.model import hf_config
+from bigtfm.huggingface import config as hf_config
+from bigtfm.huggingface.files import TensorFiles, plan_import, read_json
+from bigtfm.huggingface.mapping import Conversion
 from bigtfm.model.families import make_model
-from bigtfm.model.hf import Conversion
-from bigtfm.model.hf_files import TensorFiles, plan_import, read_json
 
 PROMPTS = [[11, 12, 13], [14], [15, 16, 17, 18, 19, 20, 21, 15, 16, 17, 18, 19], [22, 23]]
 NEW = 10

@@ -11,7 +11,8 @@ import pytest
 from small_models import KINDS, SMALL
 
 from bigtfm.cli import app
-from bigtfm.config.run import ModelSection, ObjectiveSection, RunConfig
+from bigtfm.config.run import RunConfig
+from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.engine.checkpoint import Progress

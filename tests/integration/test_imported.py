@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from bigtfm.config.run import load_run_config
 from bigtfm.data.tokenizer import load_tokenizer
-from bigtfm.export_hf import export_hf
-from bigtfm.import_hf import import_hf
+from bigtfm.huggingface.export_hf import export_hf
+from bigtfm.huggingface.import_hf import import_hf
 
 pytestmark = pytest.mark.launcher
 

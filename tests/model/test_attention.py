@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from bigtfm.config.sections import Backend
 from bigtfm.model.attention import (
     AttentionDropout,
     Documents,
@@ -18,7 +19,7 @@ from bigtfm.model.attention import (
     cached_attention,
     groups_by_length,
 )
-from bigtfm.model.backends import Backend, Device, Needs, installed_kernels, obstacle, this_device
+from bigtfm.model.backends import Device, Needs, installed_kernels, obstacle, this_device
 
 CPU = Device("CPU", None)
 GPU = this_device()  # the CPU where there is none: then the tests below that need one don't run

@@ -9,10 +9,9 @@ from typing import get_args
 import pytest
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ComputeSection, ModelSection
+from bigtfm.config.sections import Backend, ComputeSection, ModelSection
 from bigtfm.model import backends
 from bigtfm.model.backends import (
-    Backend,
     Choice,
     Device,
     Needs,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import KINDS, VOCAB, assert_same, batch, documents, gradients, make
 
-from bigtfm.config.run import ObjectiveSection
+from bigtfm.config.sections import ObjectiveSection
 from bigtfm.model.attention import Documents
 from bigtfm.model.transformer import Block, compile_blocks
 from bigtfm.planner.memory import count_parameters
@@ -161,6 +161,7 @@ def test_attention_dropout_does_not_depend_on_packing(kind):
     assert model.eval()(**inputs)[0].item() == pytest.approx(plain.eval()(**inputs)[0].item(), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_blocks_are_compiled_and_parameters_keep_their_names():
     model = make("t5")
     names = [name for name, _ in model.named_parameters()]

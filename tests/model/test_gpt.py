@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigtfm.config.run import ComputeSection, ModelSection, ObjectiveSection
+from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
 from bigtfm.model.attention import Documents
 from bigtfm.model.gpt import GPT
 from bigtfm.model.transformer import init_weights, initial_value

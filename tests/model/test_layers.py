@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bigtfm.config.sections import ModelSection
 from bigtfm.model.layers import (
     Embedding,
     FeedForward,
     LayerNorm,
     Linear,
+    RelativeBias,
     RMSNorm,
     l1_penalty,
     rotary_angles,
@@ -80,25 +82,76 @@ def test_rotary_angles_are_fp32_exact_at_long_positions():
 
 def test_sinusoids():
     table = sinusoids(torch.tensor([0, 3]), 5)
-    assert table[0].tolist() == [0, 1, 0, 1, 0]
+    assert table.dtype == torch.float32
+    assert table[0].tolist() == [0, 0, 0, 1, 1]  # three sines, two cosines
     w = 10000 ** (-2 / 5)
-    torch.testing.assert_close(
-        table[1, :4], torch.tensor([math.sin(3), math.cos(3), math.sin(3 * w), math.cos(3 * w)])
+    torch.testing.assert_close(table[1, :2], torch.tensor([math.sin(3), math.sin(3 * w)]))
+    torch.testing.assert_close(table[1, 3:], torch.tensor([math.cos(3), math.cos(3 * w)]))
+
+
+def test_llama_3_scaling_slows_long_waves_alone():
+    """Factor 8 beyond a wavelength of 8192 / 1 tokens, none below 8192 / 4 (Llama 3.1's numbers)."""
+    ones = torch.tensor([1])
+    plain, scaled = (
+        torch.atan2(*reversed(rotary_angles(ones, 128, 500000.0, scaling))).flatten()
+        for scaling in (None, (8.0, 1.0, 4.0, 8192.0))
     )
+    ratio, wavelength = plain / scaled, 2 * math.pi / plain
+    assert torch.allclose(ratio[wavelength < 2048], torch.tensor(1.0))
+    assert torch.allclose(ratio[wavelength > 8192], torch.tensor(8.0), rtol=1e-4)
+    between = ratio[(wavelength > 2100) & (wavelength < 8000)]
+    assert len(between) > 2
+    assert ((between > 1) & (between < 8)).all()
+
+
+def test_relative_bias_tells_near_distances_apart_and_far_ones_by_range():
+    config = ModelSection(
+        positions="relative",
+        num_attention_heads=2,
+        hidden_size=4,
+        relative_buckets=8,
+        relative_max_distance=16,
+    )
+    distance = torch.arange(-40, 41)[None]  # [Q = 1, K = 81]
+    for causal in (True, False):
+        bias = RelativeBias(config, causal)
+        with torch.no_grad():
+            bias.weight.copy_(torch.arange(16.0).view(8, 2))
+        buckets = (bias(distance)[0, 0] / 2).int().tolist()  # head 0: the number of the bucket
+        at = dict(zip(distance[0].tolist(), buckets, strict=True))
+        if causal:
+            assert [at[d] for d in (9, 0, -1, -2, -3, -4)] == [0, 0, 1, 2, 3, 4]
+            assert at[-16] == at[-40] == 7
+        else:
+            assert [at[d] for d in (0, -1, 1, 2)] == [0, 1, 5, 6]
+            assert (at[-40], at[40]) == (3, 7)
+        assert bias(distance).shape == (2, 1, 81)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_feed_forward_formulas(bias):
     x = torch.randn(7, 8)
-    swiglu = fill(FeedForward(8, 12, "swiglu", bias))
-    gate, up = swiglu.gate_up(x).split(12, dim=-1)
-    torch.testing.assert_close(swiglu(x), swiglu.down(gate * torch.sigmoid(gate) * up))
-    relu = fill(FeedForward(8, 12, "relu", bias))
-    torch.testing.assert_close(relu(x), relu.down(relu.up(x).clamp(min=0)))
-    gelu = fill(FeedForward(8, 12, "gelu", bias))
-    hidden = gelu.up(x)
-    tanh = torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))
-    torch.testing.assert_close(gelu(x), gelu.down(0.5 * hidden * (1 + tanh)))
+
+    def layer(activation):
+        shape = {"hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 12, "bias": bias}
+        return fill(FeedForward(ModelSection(activation=activation, **shape)))
+
+    def tanh(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    formulas = {
+        "relu": lambda x: x.clamp(min=0),
+        "silu": lambda x: x * torch.sigmoid(x),
+        "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+        "gelu_tanh": tanh,
+    }
+    for name, formula in formulas.items():
+        plain = layer(name)
+        torch.testing.assert_close(plain(x), plain.down(formula(plain.up(x))))
+    for name, inner in (("swiglu", "silu"), ("geglu", "gelu"), ("geglu_tanh", "gelu_tanh")):
+        gated = layer(name)
+        gate, up = gated.gate_up(x).split(12, dim=-1)
+        torch.testing.assert_close(gated(x), gated.down(formulas[inner](gate) * up))
 
 
 def test_embedding_reads_rows_and_projects_on_them():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 from bigtfm.generation.sampling import generate
 from bigtfm.model.families import make_model
 from bigtfm.model.transformer import init_weights

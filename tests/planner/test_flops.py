@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 from bigtfm.planner.memory import count_parameters
 from bigtfm.planner.throughput import flops_per_token, peak_flops
 

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, Problem
-from bigtfm.config.run import ModelSection, load_run_config
-from bigtfm.model import hf_config
-from bigtfm.model.hf import Conversion, parameter_shapes
-from bigtfm.model.hf_architectures import ARCHITECTURES, LLAMA
-from bigtfm.model.hf_files import Plan, TensorFiles, plan_import, read_json
+from bigtfm.config.run import load_run_config
+from bigtfm.config.sections import ModelSection
+from bigtfm.huggingface import config as hf_config
+from bigtfm.huggingface.architectures import ARCHITECTURES, LLAMA
+from bigtfm.huggingface.files import Plan, TensorFiles, plan_import, read_json
+from bigtfm.huggingface.mapping import Conversion, parameter_shapes
 from bigtfm.model.layers import sinusoids
 
 ROOT = Path(__file__).parents[2]

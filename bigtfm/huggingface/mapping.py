@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtfm.config.run import ModelSection, Objective
+from bigtfm.config.sections import ModelSection, Objective
 from bigtfm.model.families import make_model
 
 Shape = tuple[int, ...]

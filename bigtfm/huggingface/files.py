@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bigtfm.config.problems import DataProblem
-from bigtfm.model.hf import Architecture, Config, Conversion, Shape, parameter_shapes
+from bigtfm.huggingface.mapping import Architecture, Config, Conversion, Shape, parameter_shapes
 from bigtfm.model.layers import sinusoids
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

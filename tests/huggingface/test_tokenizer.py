@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from bigtfm.config.problems import DataProblem
-from bigtfm.data.hf_tokenizer import from_sentencepiece, hf_files, pad_id, read_tokenizer
 from bigtfm.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from bigtfm.data.train_tokenizer import train_sentencepiece
+from bigtfm.huggingface.tokenizer import from_sentencepiece, hf_files, pad_id, read_tokenizer
 
 NASTY = [
     "",

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ModelSection
+from bigtfm.config.sections import ModelSection
 from bigtfm.engine import checkpoint
+from bigtfm.huggingface.mapping import Shape
+from bigtfm.huggingface.parity import require_parity
 from bigtfm.model.families import make_model
-from bigtfm.model.hf import Shape
-from bigtfm.parity import require_parity
 
 SHOWN_BYTES = 10**9  # from here on, progress is shown
 ORIGIN = "imported.json"  # beside the original config.json: which tokenizer belongs to it

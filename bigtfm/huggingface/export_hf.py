@@ -11,15 +11,25 @@ import torch
 from torch import Tensor
 
 from bigtfm.config.problems import NoCheckpoint
-from bigtfm.config.run import DataSection, ModelSection, ObjectiveSection, RunConfig
-from bigtfm.convert import ORIGIN, compared, count, lines, made_whole, some, with_progress, write_json
-from bigtfm.data import hf_tokenizer
+from bigtfm.config.run import RunConfig
+from bigtfm.config.sections import DataSection, ModelSection, ObjectiveSection
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint, weights
-from bigtfm.model import hf_config
-from bigtfm.model.hf import Architecture, Config, Conversion, Shape, parameter_shapes
-from bigtfm.model.hf_files import INDEX, WEIGHTS, read_json
+from bigtfm.huggingface import config as hf_config
+from bigtfm.huggingface import tokenizer as hf_tokenizer
+from bigtfm.huggingface.convert import (
+    ORIGIN,
+    compared,
+    count,
+    lines,
+    made_whole,
+    some,
+    with_progress,
+    write_json,
+)
+from bigtfm.huggingface.files import INDEX, WEIGHTS, read_json
+from bigtfm.huggingface.mapping import Architecture, Config, Conversion, Shape, parameter_shapes
 from bigtfm.run_directory import HUGGING_FACE
 
 SHARD_BYTES = 5 * 10**9  # of an export, as save_pretrained's default was for years

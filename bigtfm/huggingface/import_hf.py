@@ -16,15 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.run import ModelSection, ObjectiveSection, RunConfig, RunSection
-from bigtfm.convert import ORIGIN, compared, count, lines, made_whole, some, with_progress
-from bigtfm.data import hf_tokenizer
+from bigtfm.config.run import RunConfig
+from bigtfm.config.sections import ModelSection, ObjectiveSection, RunSection
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.engine import weights
 from bigtfm.engine.checkpoint import Progress
-from bigtfm.model import hf_config
-from bigtfm.model.hf import VOCABULARY, Architecture, Config, Conversion
-from bigtfm.model.hf_files import Plan, TensorFiles, plan_import, read_json
+from bigtfm.huggingface import config as hf_config
+from bigtfm.huggingface import tokenizer as hf_tokenizer
+from bigtfm.huggingface.convert import ORIGIN, compared, count, lines, made_whole, some, with_progress
+from bigtfm.huggingface.files import Plan, TensorFiles, plan_import, read_json
+from bigtfm.huggingface.mapping import VOCABULARY, Architecture, Config, Conversion
 from bigtfm.model.transformer import initial_value
 from bigtfm.run_directory import HUGGING_FACE
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from bigtfm.config.problems import ConfigProblem, shown
-from bigtfm.config.run import ModelSection
-from bigtfm.model.hf import Architecture, Config, Key
+from bigtfm.config.sections import ModelSection
+from bigtfm.huggingface.mapping import Architecture, Config, Key
 
 _ACTIVATIONS = {
     "gelu": "gelu",

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
-from bigtfm.config.run import ModelSection
-from bigtfm.model.hf import Architecture, Config, Key
-from bigtfm.model.hf_architectures import ARCHITECTURES
+from bigtfm.config.sections import ModelSection
+from bigtfm.huggingface.architectures import ARCHITECTURES
+from bigtfm.huggingface.mapping import Architecture, Config, Key
 
 # What our model has less than the architecture is written as zeros: the function stays the same.
 _MAY_BE_ZEROS = ("bias", "qkv_bias", "head_bias", "token_types")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bigtfm.config.problems import NumericsProblem
+from bigtfm.huggingface.files import read_json
 from bigtfm.model.attention import Documents
 from bigtfm.model.bert import BERT
 from bigtfm.model.encoder_decoder import EncoderDecoder
 from bigtfm.model.gpt import GPT
 from bigtfm.model.heads import LanguageModel
-from bigtfm.model.hf_files import read_json
 
 TOLERANCE = 1e-5  # of the largest value, or of 1 where that is less
 LONGEST = 512  # tokens of the probe's longest text

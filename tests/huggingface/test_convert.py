@@ -17,24 +17,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bigtfm import convert, parity
 from bigtfm.cli import app
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint, NumericsProblem
-from bigtfm.config.run import ModelSection, ObjectiveSection, RunConfig, load_run_config
-from bigtfm.data.hf_tokenizer import hf_files
+from bigtfm.config.run import RunConfig, load_run_config
+from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.data.tokenizer import SentencePieceTokenizer
 from bigtfm.data.train_tokenizer import train_sentencepiece
 from bigtfm.engine import checkpoint, weights
 from bigtfm.engine.checkpoint import Progress
-from bigtfm.export_hf import export_hf
-from bigtfm.import_hf import identity_of, import_hf
+from bigtfm.huggingface import convert, parity
+from bigtfm.huggingface.architectures import ARCHITECTURES, LLAMA
+from bigtfm.huggingface.export_hf import export_hf
+from bigtfm.huggingface.files import Plan, TensorFiles
+from bigtfm.huggingface.import_hf import identity_of, import_hf
+from bigtfm.huggingface.tokenizer import hf_files
 from bigtfm.model.families import make_model
-from bigtfm.model.hf_architectures import ARCHITECTURES, LLAMA
-from bigtfm.model.hf_files import Plan, TensorFiles
 from bigtfm.model.transformer import init_weights
 from bigtfm.run_directory import open_run
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +181,7 @@ def test_a_wrong_config_is_noticed(
 def test_the_tolerance_is_what_the_documentation_says() -> None:
     assert parity.Parity("logits", 0.0, 0.5).allowed == pytest.approx(1e-5)
     assert parity.Parity("logits", 0.0, 30.0).allowed == pytest.approx(3e-4)
-    text = (Path(__file__).parents[1] / "docs/huggingface.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/huggingface.md").read_text(encoding="utf-8")
     assert "1e-5 x max(1, the largest output)" in " ".join(text.split())
 
 
@@ -377,7 +376,7 @@ def test_large_exports_are_sharded(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_hf(str(models("t5")), tmp_path / "run")
-    monkeypatch.setattr("bigtfm.export_hf.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("bigtfm.huggingface.export_hf.SHARD_BYTES", 50_000)
     export_hf(tmp_path / "run", tmp_path / "back")
     files = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 3

@@ -1,0 +1,415 @@
+"""The tables of the run config, one class each. Frozen; every field states its unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LARGEST = 2**63
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and value >= LARGEST:
+                raise ValueError(f"{name} {value} is too large", f"set {name} to less than 2^63")
+        return self
+
+
+class RunSection(Section):
+    """Name, place and length of the run."""
+
+    name: str = Field(
+        default="quickstart",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,  # a file name has at most 255 bytes
+        description="name of the run, and of its folder below `dir`",
+    )
+    dir: str = Field(
+        default="runs",
+        min_length=1,
+        description="folder that holds run directories; this run's is <dir>/<name>",
+    )
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps at which to stop; unset: the horizon of the DeepSpeed JSON's scheduler",
+    )
+    seed: int = Field(
+        default=1234, ge=0, lt=LARGEST, description="seed of the weights, the data order and dropout"
+    )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="run directory whose weights a fresh run begins with (a training's, or what `bigtfm "
+        "import-hf` wrote); unset: initial weights",
+    )
+
+
+class ModelSection(Section):
+    """Shape of the Transformer. The vocabulary's size comes from the data set's header."""
+
+    family: Literal["gpt", "bert", "encoder_decoder"] = Field(
+        default="gpt",
+        description="architecture: gpt (a decoder), bert (an encoder) or encoder_decoder (both)",
+    )
+    hidden_size: int = Field(default=192, ge=1, description="width of the residual stream, in features")
+    num_layers: int = Field(
+        default=4, ge=1, description="number of Transformer blocks; of an encoder_decoder, the encoder's"
+    )
+    num_decoder_layers: int | None = Field(
+        default=None, ge=1, description="blocks of an encoder_decoder's decoder; unset: num_layers"
+    )
+    num_attention_heads: int = Field(default=6, ge=1, description="number of query heads")
+    num_kv_heads: int | None = Field(
+        default=None, ge=1, description="number of key/value heads (GQA); unset: as many as query heads (MHA)"
+    )
+    head_dim: int | None = Field(
+        default=None, ge=1, description="features per head; unset: hidden_size / num_attention_heads"
+    )
+    ffn_hidden_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="width of the feed-forward layer, in features; unset: 4 x hidden_size, or where it is "
+        "gated (swiglu, geglu, geglu_tanh) 8/3 x hidden_size, rounded up to a multiple of 64",
+    )
+    max_seq_len: int = Field(
+        default=128, ge=1, description="longest sequence that the model can read, in tokens"
+    )
+    positions: Literal["learned", "sinusoidal", "rotary", "relative"] = Field(
+        default="rotary",
+        description="how positions enter: learned or sinusoidal embeddings, rotary (RoPE), or relative (a "
+        "learned bias on the scores by distance, as in T5)",
+    )
+    rotary_base: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
+    local_rotary_base: float | None = Field(
+        default=None, gt=0, description="the same in blocks that attend within `window`; unset: rotary_base"
+    )
+    rotary_scaling: tuple[float, float, float, float] | None = Field(
+        default=None,
+        strict=False,
+        description="Llama 3.1's stretched rotary frequencies: factor, low_freq_factor, high_freq_factor, "
+        "original sequence length; unset: none",
+    )
+    relative_buckets: int = Field(
+        default=32, ge=4, description="number of distances that `relative` tells apart"
+    )
+    relative_max_distance: int = Field(
+        default=128, ge=8, description="from here on, in tokens, `relative` takes all distances for one"
+    )
+    window: int | None = Field(
+        default=None,
+        ge=1,
+        description="self-attention reaches this many tokens back (and, in an encoder, ahead); unset: all",
+    )
+    global_every: int = Field(
+        default=0,
+        ge=0,
+        description="with `window`: every n-th block, the first among them, attends to all; 0: none does",
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field(default="rmsnorm", description="kind of normalisation")
+    norm_eps: float = Field(default=1e-5, gt=0, description="epsilon of the normalisation")
+    norm_order: Literal["pre", "post"] = Field(
+        default="pre",
+        description="pre: before each sub-layer and at the end; post: after each sub-layer's residual sum",
+    )
+    embedding_norm: bool = Field(
+        default=False,
+        description="normalise the embedding (with norm_order pre, instead of the first attention norm)",
+    )
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh"] = Field(
+        default="swiglu",
+        description="activation of the feed-forward layer; swiglu, geglu and geglu_tanh gate it",
+    )
+    bias: bool = Field(default=False, description="biases in linear layers and layer norms")
+    qkv_bias: bool | None = Field(
+        default=None, description="biases of queries, keys and values; unset: as `bias`"
+    )
+    head_bias: bool = Field(default=False, description="a bias on the logits")
+    tied_embeddings: bool = Field(
+        default=True, description="the output layer shares the input embedding's weight"
+    )
+    scale_embeddings: bool | None = Field(
+        default=None,
+        description="multiply token embeddings by sqrt(hidden_size); unset: with sinusoidal positions alone",
+    )
+    attention_scale: float | None = Field(
+        default=None, gt=0, description="factor on the attention scores; unset: 1 / sqrt(features per head)"
+    )
+    logit_scale: float = Field(
+        default=1.0, gt=0, description="factor on the features before the output layer"
+    )
+    token_types: int = Field(
+        default=0, ge=0, description="rows of the embedding that tells sentence A from B (bert); 0: none"
+    )
+    next_sentence: bool = Field(
+        default=False,
+        description="bert: a pooler over the first token and a head that tells whether B follows A",
+    )
+    decoder_start_id: int | None = Field(
+        default=None,
+        ge=0,
+        description="token that an encoder_decoder's decoder reads first; unset: the data set's BOS",
+    )
+    vocab_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens that the model knows, where it knows more than the data have (an imported "
+        "model); unset: the data set's, and what the objective adds",
+    )
+    vocab_multiple: int = Field(
+        default=64,
+        ge=1,
+        description="the embedding is padded to a multiple of this many rows; padding never enters the loss",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability of dropping a feature after the embedding and after each sub-layer",
+    )
+    attention_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability of dropping an attention weight (by the reference attention: fused "
+        "kernels draw random numbers that depend on the batch)",
+    )
+    init_std: float = Field(
+        default=0.02,
+        gt=0,
+        description="standard deviation of the initial weights; "
+        "residual outputs use init_std / sqrt(2 num_layers)",
+    )
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelSection:
+        hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.kv_heads
+        if self.head_dim is None and hidden % heads:
+            raise ValueError(
+                f"model.hidden_size {hidden} is not a multiple of model.num_attention_heads {heads}",
+                f"set hidden_size to {-(-hidden // heads) * heads}, or state model.head_dim",
+            )
+        if heads % kv_heads:
+            divisors = [str(number) for number in range(1, heads + 1) if heads % number == 0]
+            raise ValueError(
+                f"model.num_attention_heads {heads} is not a multiple of model.num_kv_heads {kv_heads}",
+                f"set num_kv_heads to one of: {', '.join(divisors)}",
+            )
+        if self.positions == "rotary" and self.head_size % 2:
+            raise ValueError(
+                f"rotary positions need an even head size, not {self.head_size}",
+                "set model.head_dim to an even number, or take other positions",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_belong_together(self) -> ModelSection:
+        """A key that would do nothing is a mistake, not a default."""
+        family, rotary = self.family, self.positions == "rotary"
+        idle = {
+            "num_decoder_layers": (
+                family != "encoder_decoder",
+                "only an encoder_decoder has a decoder of its own",
+            ),
+            "decoder_start_id": (
+                family != "encoder_decoder",
+                "only an encoder_decoder has a decoder to start",
+            ),
+            "token_types": (family != "bert", "only a bert reads sentence pairs"),
+            "next_sentence": (family != "bert", "only a bert reads sentence pairs"),
+            "global_every": (self.window is None, "without model.window every block attends to all"),
+            "local_rotary_base": (
+                not rotary or self.window is None,
+                "it needs rotary positions and model.window",
+            ),
+            "rotary_scaling": (not rotary, "it needs rotary positions"),
+        }
+        for name, (is_idle, why) in idle.items():
+            if is_idle and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"model.{name} does nothing here: {why}", f"leave model.{name} out")
+        if self.next_sentence and self.token_types < 2:
+            raise ValueError("model.next_sentence tells two sentences apart", "set model.token_types to 2")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Features per head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def decoder_layers(self) -> int:
+        """Blocks of an encoder_decoder's decoder."""
+        return self.num_decoder_layers or self.num_layers
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the feed-forward layer, in features."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        if self.gated:  # three matrices instead of two: 8/3 keeps the parameter count (Shazeer 2020)
+            return -(-8 * self.hidden_size // (3 * 64)) * 64
+        return 4 * self.hidden_size
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding for a vocabulary of `vocab_size` tokens."""
+        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class DataSection(Section):
+    """Where the tokens come from."""
+
+    path: str = Field(
+        default="data/quickstart", min_length=1, description="folder that `bigtfm prepare` wrote"
+    )
+    seq_len: int | None = Field(
+        default=None, ge=1, description="tokens in a training sequence; unset: model.max_seq_len"
+    )
+
+
+Objective = Literal["causal_lm", "masked_lm", "span_corruption", "infilling"]
+OBJECTIVES: dict[str, tuple[Objective, ...]] = {  # of each family; the first is its default
+    "gpt": ("causal_lm",),
+    "bert": ("masked_lm",),
+    "encoder_decoder": ("span_corruption", "infilling"),
+}
+
+
+class ObjectiveSection(Section):
+    """What is minimised."""
+
+    kind: Objective | None = Field(
+        default=None,
+        description="what is predicted: causal_lm (gpt: the next token), masked_lm (bert: hidden tokens), "
+        "span_corruption (encoder_decoder: the spans cut out, as T5) or infilling (encoder_decoder: the text "
+        "of which spans are hidden, as BART); unset: the family's first",
+    )
+    mask_fraction: float = Field(
+        default=0.15, gt=0, lt=1, description="share of the tokens that is hidden (not in causal_lm)"
+    )
+    mask_random: float = Field(
+        default=0.1, ge=0, le=1, description="masked_lm: share of the hidden tokens that become random ones"
+    )
+    mask_keep: float = Field(
+        default=0.1, ge=0, le=1, description="masked_lm: share of the hidden tokens that stay as they are"
+    )
+    whole_words: bool = Field(default=False, description="masked_lm: hide all tokens of a word, or none")
+    span_length: float = Field(
+        default=3.0, ge=1, description="span_corruption, infilling: mean length of a hidden span, in tokens"
+    )
+    next_sentence: float = Field(
+        default=0.0,
+        ge=0,
+        description="masked_lm: weight of a pair's next-sentence loss, in hidden tokens; 0: no pairs "
+        "(needs model.next_sentence)",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability mass spread over the vocabulary (training loss only)",
+    )
+    l1: float = Field(
+        default=0.0,
+        ge=0,
+        description="L1 penalty on matrix weights, per step, as a multiple of the sum of |w| "
+        "(L2: the DeepSpeed JSON's weight_decay)",
+    )
+
+
+Backend = Literal[
+    "flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "flex",
+    "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "reference",
+]  # fmt: skip
+
+
+class ComputeSection(Section):
+    """How it is computed; nothing here changes what is computed."""
+
+    recompute: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = Field(
+        default="none",
+        description="activation checkpointing: none, full (every block), selective (keeps matrix products), "
+        "or n (every n-th block)",
+    )
+    attention: Literal["auto", Backend] = Field(
+        default="auto",
+        description="attention kernels: auto (the fastest that device and model allow; `bigtfm check` names "
+        "it), or one of them",
+    )
+    compile_blocks: bool = Field(default=False, description="compile the blocks with torch.compile")
+
+    @model_validator(mode="after")
+    def _compiles(self) -> ComputeSection:
+        if self.compile_blocks and self.recompute == "selective":
+            raise ValueError(
+                "compute.recompute selective can't look into compiled blocks",
+                "set recompute to none, full or a number, or compile_blocks to false",
+            )
+        return self
+
+
+class EvalSection(Section):
+    """Evaluation on the validation split while training."""
+
+    every: int = Field(default=50, ge=0, description="steps between evaluations; 0: only at the end")
+    tokens: int = Field(
+        default=1_000_000, ge=1, description="at most this many validation tokens an evaluation"
+    )
+    patience: int = Field(
+        default=0, ge=0, description="stop early after this many evaluations without improvement; 0: never"
+    )
+    min_delta: float = Field(
+        default=0.0,
+        ge=0,
+        description="smallest drop of the validation loss that counts as improvement, in nats a token",
+    )
+
+
+class SaveSection(Section):
+    """Checkpoints."""
+
+    every: int = Field(default=100, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(
+        default=2,
+        ge=1,
+        description="how many of the newest checkpoints to keep; the best one is kept besides",
+    )
+
+
+class TrackSection(Section):
+    """Metrics and where they go. metrics.jsonl is always written."""
+
+    every: int = Field(
+        default=10, ge=1, description="steps between progress lines when the output is not a terminal"
+    )
+    mlflow: bool = Field(
+        default=True,
+        description="send metrics to MLflow, in a process of its own that training never waits for",
+    )
+    uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking URI")
+    experiment: str = Field(default="bigtfm", min_length=1, description="MLflow experiment")
+
+
+class ResumeSection(Section):
+    """What may change when a run directory is resumed."""
+
+    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective", "recipe"], ...] = Field(
+        default=(),
+        strict=False,
+        description="changes to accept when resuming: data, model, tokenizer, seed, objective, or recipe "
+        "(the DeepSpeed JSON's optimizer, scheduler, clipping and global batch)",
+    )
