@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bigtfm.config.sections import ModelSection
+from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.planner.memory import count_parameters
 from bigtfm.planner.throughput import flops_per_token, peak_flops
 
@@ -106,3 +106,24 @@ def test_cpu_is_measured_and_says_so():
 def test_planning_does_not_import_torch():
     code = "import sys, bigtfm.planner.memory, bigtfm.planner.throughput; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_bert_asks_its_output_layer_about_hidden_tokens_alone():
+    bert = GPT2.model_copy(update={"family": "bert"})
+    asked = flops_per_token(bert, 50257, 1024, ObjectiveSection(mask_fraction=0.25))
+    outputs = 768 * 768 + 768 * 50257
+    blocks = flops_per_token(GPT2, 50257, 1024) - 6 * 768 * 50257
+    assert asked == pytest.approx(blocks + 6 * 0.25 * outputs, rel=1e-9)
+
+
+def test_an_encoder_decoder_reads_and_writes_what_the_objective_makes_of_a_token():
+    both = ModelSection(family="encoder_decoder", hidden_size=64, num_layers=2, num_attention_heads=4)
+    both = both.model_copy(update={"ffn_hidden_size": 128, "activation": "relu"})
+    block, cross = 64 * 192 + 64 * 64 + 2 * 64 * 128, 64 * 64 * 2
+    spans = ObjectiveSection(mask_fraction=0.3, span_length=3.0)
+    read, written = 0.7 + 0.1, 0.3 + 0.1
+    weights = 2 * (read * block + written * (block + cross) + read * 64 * 128) + written * 64 * 100
+    pairs = 2 * (read**2 + written**2 + written * read)
+    assert flops_per_token(both, 100, 512, spans) == pytest.approx(6 * weights + 12 * 64 * 512 * pairs, abs=1)
+    whole = ObjectiveSection(kind="infilling", mask_fraction=0.3, span_length=3.0)
+    assert flops_per_token(both, 100, 512, whole) > 1.5 * flops_per_token(both, 100, 512, spans)
