@@ -1,6 +1,6 @@
 """Between our parameters and a Hugging Face checkpoint's tensors: one table per architecture, used both ways.
 
-The tables stand in hf_architectures.py, the files in hf_files.py. transformers is not imported.
+The tables stand in architectures.py, the files are read in files.py. transformers is not imported.
 
 K key/value heads, D head size, V tokens of the checkpoint, Vp rows of our padded vocabulary.
 """

@@ -84,7 +84,8 @@ def choose(
             + (f", or {PACKAGES[wanted]}" if wanted in PACKAGES and wanted not in installed else ""),
         )
     name = able if wanted == "auto" else wanted
-    return Choice(name, f"{name}: {device}, {needs}")
+    hint = "; model.attention_dropout 0 allows faster ones" if needs.dropout else ""
+    return Choice(name, f"{name}: {device}, {needs}{hint}")
 
 
 def obstacle(backend: Backend, device: Device, needs: Needs, installed: Collection[str]) -> str | None:
