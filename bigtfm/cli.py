@@ -269,7 +269,10 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling; the same seed, the same text.")] = 0,
     num_beams: Annotated[
-        int, typer.Option(min=1, help="Beams of a beam search, which draws nothing at random; 1: sampling.")
+        int,
+        typer.Option(
+            min=1, max=1000, help="Beams of a beam search, which draws nothing at random; 1: sampling."
+        ),
     ] = 1,
     length_penalty: Annotated[
         float,
@@ -278,7 +281,8 @@ def generate(
         ),
     ] = 1.0,
     num_return_sequences: Annotated[
-        int, typer.Option(min=1, help="Answers to a prompt: samples, or the best of beam search.")
+        int,
+        typer.Option(min=1, max=1000, help="Answers to a prompt: samples, or the best of beam search."),
     ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object an answer, not plain text.")

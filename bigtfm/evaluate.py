@@ -76,6 +76,22 @@ def _chunks(split: Split) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
         yield split.read(start, stop), split.document_starts(start, stop) - start
 
 
+def require_labels(loader: Loader, max_tokens: int) -> None:
+    """Raises DataProblem when none of the windows that `validation_loss` looks at has anything to predict."""
+    windows = num_windows(loader, max_tokens)
+    if not any(loader.batch(window, 1).num_labels for window in range(windows)):
+        raise DataProblem(
+            f"nothing is to be predicted in the first {windows} windows of the validation split",
+            where="data set",
+            fix="prepare more validation text, or set larger eval.tokens or objective.mask_fraction",
+        )
+
+
+def num_windows(loader: Loader, max_tokens: int) -> int:
+    """How many windows an evaluation looks at."""
+    return min(loader.num_windows, max(1, max_tokens // loader.seq_len))
+
+
 def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int, max_tokens: int) -> float:
     """Mean loss in nats a token over the first windows of a split, the same at any number of ranks.
 
@@ -83,7 +99,7 @@ def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int,
     """
     import torch
 
-    windows = min(loader.num_windows, max(1, max_tokens // loader.seq_len))
+    windows = num_windows(loader, max_tokens)
     starts = range(0, windows, micro_batch)
     loss_sum = tokens = 0.0
     engine.eval()
@@ -98,4 +114,4 @@ def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int,
                 tokens += float(count)
     engine.train()
     loss_sum, tokens = ranks.sum([loss_sum, tokens])
-    return loss_sum / max(tokens, 1.0)
+    return loss_sum / tokens

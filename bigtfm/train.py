@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
-from bigtfm.evaluate import validation_loss
+from bigtfm.evaluate import require_labels, validation_loss
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
@@ -45,6 +46,8 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute)
     loader = batches_of(job, "train")
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
+    if validation is not None:
+        require_labels(validation, run.eval.tokens)
     progress = resume(job, engine, ranks)
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
@@ -83,9 +86,10 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
             progress.step += 1
             progress.samples += stride * accumulation
             progress.tokens += stride * accumulation * run.seq_len
-            mean_loss = ranks.sum([float(loss_sum)])[0] / max(labels, 1)
+            total_loss = ranks.sum([float(loss_sum)])[0]
             grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
-            require_finite(progress.step, mean_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
+            require_finite(progress.step, total_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
+            mean_loss = total_loss / labels if labels else math.nan  # no token of the step had a label
             row: dict[str, Any] = {"step": progress.step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
 
             seconds = time.perf_counter() - began

@@ -29,7 +29,10 @@ KINDS = {
 
 
 def make(kind, *, seed=0, recompute="none", attention="sdpa", objective=None, **shape):
-    config = ModelSection(**{**SMALL, **KINDS[kind], **shape})
+    shape = {**SMALL, **KINDS[kind], **shape}
+    if shape.get("positions") != "relative":
+        shape = {name: value for name, value in shape.items() if not name.startswith("relative_")}
+    config = ModelSection(**shape)
     objective = objective or ObjectiveSection(next_sentence=2.0 if config.next_sentence else 0.0)
     compute = ComputeSection(recompute=recompute, attention=attention)
     model = make_model(config, VOCAB, seed=seed, objective=objective, compute=compute)

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,3 +82,23 @@ def test_an_empty_validation_split_says_so():
     empty = FakeDataset(FakeSplit(TRAIN, 4), FakeSplit([], 0), vocab_size=6)
     with pytest.raises(DataProblem, match="validation split has no text"):
         unigram_bits_per_byte(empty)
+
+
+class FakeLoader:
+    """Windows of 4 tokens with so many labels each."""
+
+    seq_len = 4
+
+    def __init__(self, labels):
+        self.labels, self.num_windows = labels, len(labels)
+
+    def batch(self, first, count):
+        return SimpleNamespace(num_labels=sum(self.labels[first : first + count]))
+
+
+def test_an_evaluation_has_something_to_predict():
+    evaluate.require_labels(FakeLoader([0, 0, 1]), max_tokens=12)
+    with pytest.raises(DataProblem, match="nothing is to be predicted in the first 2 windows"):
+        evaluate.require_labels(FakeLoader([0, 0, 1]), max_tokens=8)
+    with pytest.raises(DataProblem, match="first 1 windows"):
+        evaluate.require_labels(FakeLoader([0, 1]), max_tokens=1)

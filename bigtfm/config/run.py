@@ -19,6 +19,7 @@ from bigtfm.config.deepspeed_walk import place_of
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 from bigtfm.config.sections import (
     OBJECTIVES,
+    USED_BY,
     ComputeSection,
     DataSection,
     EvalSection,
@@ -54,6 +55,13 @@ class RunConfig(Section):
                 f"a {family} can't learn objective.kind {objective.kind}",
                 f"set objective.kind to {' or '.join(OBJECTIVES[family])}, or another model.family",
             )
+        for name, kinds in USED_BY.items():
+            default = type(objective).model_fields[name].default
+            if self.objective_kind not in kinds and getattr(objective, name) != default:
+                raise ValueError(
+                    f"objective.{name} does nothing for {self.objective_kind}",
+                    f"leave it out; it is for {' and '.join(kinds)}",
+                )
         if objective.mask_random + objective.mask_keep > 1:
             raise ValueError(
                 f"objective.mask_random {objective.mask_random} + mask_keep {objective.mask_keep} is over 1",
@@ -220,7 +228,7 @@ def _finding(key: str, details: list[ErrorDetails]) -> tuple[str, str]:
         return what, fix
     if "." not in key:
         return f"{key} must be a table, not {shown(first['input'])}", f"write [{key}] above its keys"
-    expected = " or ".join(_expectation(detail) for detail in details)
+    expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
     table, _, name = key.partition(".")
     annotation = _sections()[table].model_fields[name].annotation
     value, fix = first["input"], f"{key} is: {_sections()[table].model_fields[name].description}"
@@ -239,6 +247,8 @@ def _expectation(detail: ErrorDetails) -> str:
     """Completes "must be ..." from pydantic's sentence."""
     if detail["type"] == "string_pattern_mismatch":
         return "letters, digits, '.', '_' or '-', not beginning with one of the last three"
+    if detail["type"] == "missing":  # of a list
+        return "a longer list"
     for begin in ("Input should be ", "String should have ", "Tuple should have "):
         if detail["msg"].startswith(begin):
             return detail["msg"].removeprefix(begin)

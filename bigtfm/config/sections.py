@@ -210,7 +210,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _keys_belong_together(self) -> ModelSection:
         """A key that would do nothing is a mistake, not a default."""
-        family, rotary = self.family, self.positions == "rotary"
+        family, rotary, relative = self.family, self.positions == "rotary", self.positions == "relative"
         idle = {
             "num_decoder_layers": (
                 family != "encoder_decoder",
@@ -227,14 +227,43 @@ class ModelSection(Section):
                 not rotary or self.window is None,
                 "it needs rotary positions and model.window",
             ),
+            "rotary_base": (not rotary, "it needs rotary positions"),
             "rotary_scaling": (not rotary, "it needs rotary positions"),
+            "relative_buckets": (not relative, "it needs relative positions"),
+            "relative_max_distance": (not relative, "it needs relative positions"),
         }
         for name, (is_idle, why) in idle.items():
             if is_idle and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"model.{name} does nothing here: {why}", f"leave model.{name} out")
+        self._require_useful_positions()
         if self.next_sentence and self.token_types < 2:
             raise ValueError("model.next_sentence tells two sentences apart", "set model.token_types to 2")
         return self
+
+    def _require_useful_positions(self) -> None:
+        """Numbers that would send tokens to rows that are not there, or turn frequencies round."""
+        if self.rotary_scaling is not None:
+            factor, low, high, length = self.rotary_scaling
+            if not (factor >= 1 and 0 < low < high and length >= 1):
+                raise ValueError(
+                    f"model.rotary_scaling {list(self.rotary_scaling)} is none",
+                    "write a factor of 1 or more, 0 < low_freq_factor < high_freq_factor, and a length",
+                )
+        if self.positions == "relative":
+            buckets, distance = self.relative_buckets, self.relative_max_distance
+            one_sided = buckets if self.family == "gpt" else buckets // 2
+            exact = (buckets if self.family != "bert" else one_sided) // 2
+            if self.family != "gpt" and buckets % 2:
+                raise ValueError(
+                    f"model.relative_buckets {buckets} is odd, and half of them are for each direction",
+                    f"set it to {buckets + 1}",
+                )
+            if distance <= exact:
+                raise ValueError(
+                    f"model.relative_max_distance {distance} leaves nothing to the buckets of ranges: "
+                    f"{exact} of the {buckets} are for one distance each",
+                    f"set relative_max_distance to more than {exact}, or relative_buckets to less",
+                )
 
     @property
     def head_size(self) -> int:
@@ -335,6 +364,16 @@ Backend = Literal[
     "flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "flex",
     "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "reference",
 ]  # fmt: skip
+
+
+USED_BY: dict[str, tuple[Objective, ...]] = {  # fields that do nothing for the other kinds
+    "mask_fraction": ("masked_lm", "span_corruption", "infilling"),
+    "mask_random": ("masked_lm",),
+    "mask_keep": ("masked_lm",),
+    "whole_words": ("masked_lm",),
+    "span_length": ("span_corruption", "infilling"),
+    "next_sentence": ("masked_lm",),
+}
 
 
 class ComputeSection(Section):

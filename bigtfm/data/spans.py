@@ -158,7 +158,8 @@ def _poisson_spans(lengths: Ints, keys: Ints, options: ObjectiveSection, seed: i
     groups = np.arange(len(lengths))
     budget, _ = span_sizes(lengths, options)
     draw = uniform(places(keys, lengths), stream_key(seed, "spans: lengths"))  # as many as tokens: enough
-    spans = np.searchsorted(_poisson(options.span_length), draw, side="right")
+    # no span is longer than the longest text: what lies beyond need not be told apart
+    spans = np.searchsorted(_poisson(options.span_length, int(lengths.max(initial=0))), draw, side="right")
     sums = np.append(0, np.cumsum(spans))
     left = np.repeat(budget + sums[np.cumsum(lengths) - lengths], lengths) - sums[:-1]  # before each span
     owner, spans = np.repeat(groups, lengths)[left > 0], np.minimum(spans, left)[left > 0]
@@ -171,9 +172,9 @@ def _poisson_spans(lengths: Ints, keys: Ints, options: ObjectiveSection, seed: i
     return owner[stays], spans[stays]
 
 
-def _poisson(mean: float) -> NDArray[np.float64]:
-    """P(X <= 0), P(X <= 1), ... of a Poisson distribution, as far as a number of 53 bits can tell."""
-    most = int(mean + 12 * sqrt(mean)) + 20
+def _poisson(mean: float, most: int) -> NDArray[np.float64]:
+    """P(X <= 0) ... P(X < most) of a Poisson distribution, as far as a number of 53 bits can tell."""
+    most = min(most, int(mean + 12 * sqrt(mean)) + 20)
     return np.cumsum([exp(k * log(mean) - mean - lgamma(k + 1)) for k in range(most)])
 
 

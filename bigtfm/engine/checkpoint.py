@@ -270,6 +270,7 @@ def load(checkpoint: Path, engine: Any) -> Progress:
     """
     state = read_state(checkpoint)
     with Shards(checkpoint) as shards:
+        shards.require_all_used(engine.module)
         for fragment in fragments.owned_fragments(engine):
             entry = shards.entry(fragment.name, fragment.shape)
             for key in entry["keys"]:
@@ -296,6 +297,7 @@ def start_from(checkpoint: Path, engine: Any) -> None:
         NoCheckpoint: the checkpoint's parameters are not this model's.
     """
     with Shards(checkpoint) as shards:
+        shards.require_all_used(engine.module)
         for fragment in fragments.owned_fragments(engine):
             shards.entry(fragment.name, fragment.shape)
             shards.fill(fragment.view(fragment.flat), fragment.name, "fp32", fragment.start)
@@ -305,6 +307,7 @@ def start_from(checkpoint: Path, engine: Any) -> None:
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Fills a plain torch module with the checkpoint's fp32 weights, one parameter at a time."""
     with Shards(checkpoint) as shards, torch.no_grad():
+        shards.require_all_used(model)
         for name, parameter in model.named_parameters():
             shards.entry(name, tuple(parameter.shape))
             whole = torch.empty(parameter.numel())
@@ -326,6 +329,16 @@ class Shards:
     def __exit__(self, *_: object) -> None:
         for file in self._open.values():
             file.__exit__(None, None, None)
+
+    def require_all_used(self, model: nn.Module) -> None:
+        """Raises NoCheckpoint when the checkpoint has a parameter that the model lacks."""
+        surplus = self._index.keys() - {name for name, _ in model.named_parameters()}
+        if surplus:
+            raise NoCheckpoint(
+                f"the checkpoint has {min(surplus)}, which the model lacks",
+                where=str(self._folder),
+                fix="use the [model] table that it was made with (run.toml in the run directory)",
+            )
 
     def entry(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         entry = self._index.get(name)

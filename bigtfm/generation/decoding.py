@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.problems import ConfigProblem, NumericsProblem
 from bigtfm.model.attention import Documents
 from bigtfm.model.encoder_decoder import EncoderDecoder
 from bigtfm.model.gpt import GPT
@@ -119,6 +119,11 @@ def pack(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 @contextmanager
 def inference(model: LanguageModel) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the model is as it was."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericsProblem(
+                f"weight {name} is not finite", where="generate", fix="use another checkpoint, or train anew"
+            )
     was_training = model.training
     model.eval()
     try:

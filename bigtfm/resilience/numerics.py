@@ -20,5 +20,6 @@ def require_finite(step: int, loss: float, grad_norm: float, *, overflow_allowed
             raise NumericsProblem(
                 f"{name} is {value}",
                 where=f"step {step}",
-                fix="lower the lr or warm up longer (DeepSpeed JSON); the last checkpoint is finite",
+                fix="lower the lr or warm up longer (DeepSpeed JSON), and look for extreme values in the run "
+                "config; what was saved is finite",
             )

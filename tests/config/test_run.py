@@ -112,6 +112,45 @@ def test_every_field_says_what_it_is() -> None:
             assert len(field.description or "") > 10, f"{table}.{name}"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["rotary_scaling=8,4,1,32"], "rotary_scaling [8.0, 4.0, 1.0, 32.0] is none"),
+        (["rotary_scaling=0.5,1,4,32"], "a factor of 1 or more"),
+        (["rotary_scaling=8,1,4,0"], "and a length"),
+        (["rotary_scaling=8,1,4"], "a longer list"),
+        (["positions=relative", "relative_max_distance=16"], "more than 16"),
+        (["positions=relative", "family=bert", "relative_max_distance=8"], "more than 8"),
+        (["positions=relative", "family=encoder_decoder", "relative_max_distance=16"], "more than 16"),
+        (["positions=relative", "family=bert", "relative_buckets=7"], "set it to 8"),
+        (["relative_buckets=8"], "model.relative_buckets does nothing here"),
+        (["positions=learned", "rotary_base=5.0"], "model.rotary_base does nothing here"),
+        (["whole_words=true"], "objective.whole_words does nothing for causal_lm"),
+        (["family=bert", "span_length=9"], "objective.span_length does nothing for masked_lm"),
+        (["family=encoder_decoder", "mask_random=0.5"], "it is for masked_lm"),
+        (["mask_fraction=0.5"], "objective.mask_fraction does nothing for causal_lm"),
+        (["compile_blocks=true", "recompute=selective"], "can't look into compiled blocks"),
+    ],
+)
+def test_what_would_do_nothing_or_nonsense_is_refused(overrides: list[str], fragment: str) -> None:
+    with pytest.raises(ConfigProblem) as caught:
+        load_run_config(None, overrides)
+    assert fragment in caught.value.line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["positions=relative", "relative_max_distance=17"],
+        ["positions=relative", "family=bert", "relative_max_distance=9"],
+        ["positions=relative", "relative_buckets=7"],
+        ["rotary_scaling=1,1,4,1"],
+    ],
+)
+def test_the_edges_are_taken(overrides: list[str]) -> None:
+    load_run_config(None, overrides)
+
+
 def test_lists_need_no_brackets_on_the_command_line() -> None:
     run = load_run_config(None, ["rotary_scaling=8.0, 1,4.0,8192", "resume.allow=data,seed"])
     assert run.model.rotary_scaling == (8.0, 1.0, 4.0, 8192.0)

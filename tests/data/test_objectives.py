@@ -21,7 +21,7 @@ from bigtfm.data.loader import Batch, Loader
 from bigtfm.data.masking import PAIR_TOKENS
 from bigtfm.data.objectives import make_objective
 from bigtfm.data.order import stream_key
-from bigtfm.data.spans import span_sizes
+from bigtfm.data.spans import _poisson, span_sizes
 from bigtfm.data.special import SpecialIds
 
 IGNORE = -100
@@ -632,3 +632,10 @@ def test_model_inputs_are_the_contract():
         assert set(batch.model_inputs()) == base | extra.get(variant, set())
         moved = batch.to("meta")
         assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}
+
+
+@pytest.mark.parametrize("mean", [50.0, 1e9, 1e300])
+def test_spans_longer_than_any_text_cost_nothing(mean):
+    """The table of lengths ends with the longest text."""
+    assert len(_poisson(mean, 40)) == 40
+    assert (_poisson(mean, 40) <= 1).all()

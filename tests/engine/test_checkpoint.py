@@ -58,6 +58,11 @@ def test_another_shape_is_refused(tmp_path: Path) -> None:
         checkpoint.load_weights(write(tmp_path, 1), Model(3, 2))
 
 
+def test_a_parameter_that_the_model_lacks_is_no_detail(tmp_path: Path) -> None:
+    with pytest.raises(NoCheckpoint, match="has weight, which the model lacks"):
+        checkpoint.load_weights(write(tmp_path, 1), nn.Module())
+
+
 def test_the_newest_that_verifies_is_chosen(tmp_path: Path) -> None:
     older, newer = write(tmp_path, 9), write(tmp_path, 10)
     assert checkpoint.newest(tmp_path) == newer

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_models import VOCAB, make
 from writing import LIMIT, PROMPTS, STD, WRITERS, from_scratch, inputs, start_of
 
-from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.problems import ConfigProblem, NumericsProblem
 from bigtfm.generation.decoding import Decoding
 from bigtfm.generation.sampling import generate, sample
 from bigtfm.model.transformer import ReadMemory
@@ -226,3 +226,12 @@ def test_refuses_in_one_line(prompts, options, word):
     with pytest.raises(ConfigProblem, match=word) as problem:
         write(make("gpt"), prompts, **options)
     assert "\n" not in problem.value.line
+
+
+@pytest.mark.parametrize("kind", ["gpt", "t5"])
+def test_a_model_that_is_not_finite_is_named(kind):
+    model = make(kind)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = float("nan")
+    with pytest.raises(NumericsProblem, match="embed_tokens"):
+        generate(model, [[1, 2]], max_new_tokens=2, start=start_of(model))

@@ -87,3 +87,22 @@ def test_compiled_blocks_give_the_same_losses(
     cells = [("gpt", 0, "none"), ("encoder_decoder", 3, "full"), ("bert", 3, "none")]
     for cell, curve in train_cells(tmp_path, tiny_data, cells, "compile_blocks=true").items():
         assert curve == pytest.approx(curves[cell], abs=1e-5), cell
+
+
+def test_a_step_without_labels_has_no_loss_and_moves_nothing(tmp_path: Path, tiny_data: Path) -> None:
+    """One token in 250 is hidden, so some steps have none; the curve still does not depend on the split."""
+    content = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "train_batch_size": 8}
+    jobs = []
+    for micro_batch in (1, 4):
+        path = tmp_path / f"{micro_batch}.json"
+        path.write_text(json.dumps(content | {"train_micro_batch_size_per_gpu": micro_batch}))
+        few = ["model.family=bert", "mask_fraction=0.004", "eval.tokens=4096", f"run.name={micro_batch}"]
+        jobs.append([str(path), *TINY, f"data.path={tiny_data}", "steps=12", *few])
+    finished = rank_runner.train_all(jobs, tmp_path, world_size=2)
+    assert finished.codes == [0, 0], finished.output[-3000:]
+    one, other = (losses(tmp_path / f"runs/{micro_batch}") for micro_batch in (1, 4))
+    without = [loss == "NaN" for loss in one]
+    assert 0 < sum(without) < len(without)
+    assert [loss == "NaN" for loss in other] == without
+    real = [[loss for loss in curve if loss != "NaN"] for curve in (one, other)]
+    assert real[0] == pytest.approx(real[1], abs=1e-5)
