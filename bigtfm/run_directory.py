@@ -6,9 +6,11 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
 from bigtfm.config.run import RunConfig
@@ -153,14 +155,22 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def open_run(run_dir: Path) -> tuple[LanguageModel, Tokenizer, SpecialIds]:
-    """The model of the newest checkpoint (fp32, evaluation mode), its tokenizer and the ids it works with.
+@dataclass(frozen=True)
+class SavedRun:
+    """What a run's newest checkpoint says of its model."""
 
-    Without DeepSpeed.
+    checkpoint: Path
+    run: RunConfig  # [model], [objective] and data.seq_len
+    vocab_size: int
+    tokenizer: Tokenizer | None  # None: the run directory has none
+
+
+def saved_run(run_dir: Path) -> SavedRun:
+    """Reads it; nothing is built.
 
     Raises:
-        NoCheckpoint: there is none, or none verifies.
-        DataProblem: the tokenizer is missing or damaged.
+        NoCheckpoint: there is none, or none verifies, or its state is damaged.
+        DataProblem: the tokenizer is damaged, or another's.
     """
     newest = checkpoint.newest(run_dir / "checkpoints")
     if newest is None:
@@ -174,20 +184,50 @@ def open_run(run_dir: Path) -> tuple[LanguageModel, Tokenizer, SpecialIds]:
             data=DataSection(seq_len=saved["data"]["seq_len"]),
             objective=ObjectiveSection.model_validate(saved["objective"]),
         )
-        model = make_model(run.model, saved["model"]["vocab_size"], objective=run.objective)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        identity, vocab_size = saved["tokenizer"], run.model.vocab_size
+        if vocab_size is None:
+            raise KeyError("vocab_size")
+    except (KeyError, TypeError, ValueError) as error:
+        lack = f"it lacks {error}" if isinstance(error, KeyError) else "a value has the wrong type"
+        why = ": ".join(filter(None, finding(error))) if isinstance(error, ValidationError) else lack
         raise NoCheckpoint(
-            f"its model can't be built: {error}",
-            where=str(newest),
-            fix="use a run of this version, and a machine with memory for the model",
+            f"state.json describes no model: {why}", where=str(newest), fix="use a run of this version"
         ) from None
-    tokenizer = load_tokenizer(run_dir / "tokenizer")
-    if tokenizer.identity != saved["tokenizer"]:
+    tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").exists() else None
+    if tokenizer is not None and tokenizer.identity != identity:
         raise DataProblem(
             "not the tokenizer that the model was trained with",
             where=str(run_dir / "tokenizer"),
             fix="put the one of the run's data set back",
         )
-    special = special_ids(tokenizer, run)
-    checkpoint.load_weights(newest, model)
+    return SavedRun(newest, run, vocab_size, tokenizer)
+
+
+def finding(error: ValidationError) -> tuple[str, str]:
+    """The first field that a validator refused ("": several together), and a clause that says why."""
+    first = error.errors()[0]
+    said = first["ctx"]["error"].args[0] if first["type"] == "value_error" else first["msg"]
+    return ".".join(map(str, first["loc"])), str(said)
+
+
+def open_run(run_dir: Path) -> tuple[LanguageModel, Tokenizer, SpecialIds]:
+    """The model of the newest checkpoint (fp32, evaluation mode), its tokenizer and the ids it works with.
+
+    Without DeepSpeed.
+
+    Raises:
+        NoCheckpoint, DataProblem: as saved_run; the tokenizer is missing.
+    """
+    saved = saved_run(run_dir)
+    try:
+        model = make_model(saved.run.model, saved.vocab_size, objective=saved.run.objective)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NoCheckpoint(
+            f"its model can't be built: {error}",
+            where=str(saved.checkpoint),
+            fix="use a run of this version, and a machine with memory for the model",
+        ) from None
+    tokenizer = saved.tokenizer or load_tokenizer(run_dir / "tokenizer")  # says that there is none
+    special = special_ids(tokenizer, saved.run)
+    checkpoint.load_weights(saved.checkpoint, model)
     return model.eval(), tokenizer, special

@@ -42,6 +42,13 @@ def _problem(what: str, fix: str) -> ConfigProblem:
     return ConfigProblem(what, where="config.json", fix=fix)
 
 
+def _flag(config: Config, name: str, default: bool = False) -> bool:
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise _problem(f"{name} {shown(value)} can't be converted", "it must be true or false")
+    return value
+
+
 # --- decoders -----------------------------------------------------------------------------------------------
 
 GPT2 = Architecture(
@@ -82,7 +89,7 @@ GPT2 = Architecture(
     },
     fixed={"family": "gpt", "positions": "learned", "norm": "layernorm", "bias": True},
     required={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    read=lambda config, _: {} if config.get("scale_attn_weights", True) else {"attention_scale": 1.0},
+    read=lambda config, _: {} if _flag(config, "scale_attn_weights", True) else {"attention_scale": 1.0},
     write=lambda section, _: {
         "scale_attn_weights": section.attention_scale != 1.0,
         "embd_pdrop": section.dropout,
@@ -152,6 +159,18 @@ def _write_rotary(section: ModelSection) -> Config:
     return {"rope_theta": section.rotary_base, "rope_scaling": scaling}
 
 
+def _layer_types(config: Config) -> list[str]:
+    """What kind each block is; []: the config does not say."""
+    kinds, known = config.get("layer_types"), ("sliding_attention", "full_attention")
+    if kinds is None:
+        return []
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        raise _problem(f"layer_types {shown(kinds)} can't be converted", f"each must be {' or '.join(known)}")
+    if len(kinds) != (blocks := config["num_hidden_layers"]):
+        raise _problem(f"layer_types has {len(kinds)} entries for {blocks} num_hidden_layers", "restore it")
+    return kinds
+
+
 def _windows(layer_types: list[str], window: int | None) -> Config:
     """`window` and `global_every` of blocks that are sliding_attention or full_attention each."""
     wide = [kind == "full_attention" for kind in layer_types]
@@ -167,7 +186,7 @@ def _windows(layer_types: list[str], window: int | None) -> Config:
 
 
 def _llama_bias(config: Config) -> Config:
-    return {"bias": bool(config.get("attention_bias") or config.get("mlp_bias"))}
+    return {"bias": any([_flag(config, name) for name in ("attention_bias", "mlp_bias")])}
 
 
 LLAMA = Architecture(
@@ -199,7 +218,7 @@ MISTRAL = Architecture(
     read=lambda config, _: {
         **_rotary(config),
         **_windows(
-            config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"],
+            _layer_types(config) or ["sliding_attention"] * config["num_hidden_layers"],
             _reach(config.get("sliding_window", 4096)),
         ),
     },
@@ -216,10 +235,10 @@ def _reach(sliding_window: int | None) -> int | None:
 
 
 def _qwen2_windows(config: Config) -> Config:
-    if not config.get("use_sliding_window", False):
+    if not _flag(config, "use_sliding_window"):
         return {}
     first = config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or [
+    kinds = _layer_types(config) or [
         "sliding_attention" if index >= first else "full_attention"
         for index in range(config["num_hidden_layers"])
     ]
@@ -380,13 +399,17 @@ def _modernbert_read(config: Config, _: Collection[str]) -> Config:
         if part.get("rope_type", "default") != "default":
             raise _problem(f"rope_type {shown(part['rope_type'])} can't be converted", "only default can")
     every = config.get("global_attn_every_n_layers", 3)
-    kinds = config.get("layer_types") or [
+    if not isinstance(every, int) or every < 1:
+        raise _problem(
+            f"global_attn_every_n_layers {shown(every)} can't be converted", "it must be 1 or more"
+        )
+    kinds = _layer_types(config) or [
         "sliding_attention" if index % every else "full_attention"
         for index in range(config["num_hidden_layers"])
     ]
     fields = {
         "rotary_base": wide.get("rope_theta", config.get("global_rope_theta", 160_000.0)),
-        "bias": any(map(config.get, _MODERNBERT_BIASES)),
+        "bias": any([_flag(config, name) for name in _MODERNBERT_BIASES]),
         **_windows(kinds, config.get("local_attention", 128) // 2),
     }
     if "window" in fields:
@@ -491,8 +514,8 @@ def _t5_read(config: Config, tensors: Collection[str]) -> Config:
 
     transformers 5 writes tie_word_embeddings true for both, and scale_decoder_outputs besides.
     """
-    tied = config.get("tie_word_embeddings", True)
-    scaled = config.get("scale_decoder_outputs", tied)
+    tied = _flag(config, "tie_word_embeddings", True)
+    scaled = _flag(config, "scale_decoder_outputs", tied)
     return {
         "tied_embeddings": tied and (scaled or "lm_head.weight" not in tensors),
         "logit_scale": config["d_model"] ** -0.5 if scaled else 1.0,

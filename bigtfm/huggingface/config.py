@@ -12,10 +12,14 @@ from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 from bigtfm.config.sections import ModelSection
 from bigtfm.huggingface.architectures import ARCHITECTURES
 from bigtfm.huggingface.mapping import Architecture, Config, Key
+from bigtfm.run_directory import finding
 
 # What our model has less than the architecture is written as zeros: the function stays the same.
 _MAY_BE_ZEROS = ("bias", "qkv_bias", "head_bias", "token_types")
 _DAMAGED = "pass a config.json that save_pretrained has written"
+MOST_BLOCKS = 4096  # no model has as many; millions would be planned for hours
+# What a value of the wrong type or size raises wherever it is first computed with.
+MISTAKES = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, MemoryError, RuntimeError)
 _OF_TRAINING = (
     "dropout",
     "attention_dropout",
@@ -39,7 +43,10 @@ def architecture_of(config: Config) -> Architecture:
             f"model_type {shown(config.get('model_type'))} can't be converted",
             f"one of these can: {', '.join(known)}",
         )
-    for name in config.get("architectures") or ():
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise _problem(f"architectures {shown(classes)} is no list of names", _DAMAGED)
+    for name in classes:
         if name not in architecture.classes:
             fix = f"save it as one of: {', '.join(architecture.classes)}"
             raise _problem(f"{name} can't be converted", fix)
@@ -73,15 +80,22 @@ def to_model_section(config: Config, tensors: Collection[str] = ()) -> ModelSect
         if config.get(name, value) != value:
             raise _problem(f"{name} {shown(config[name])} can't be converted", f"only {shown(value)} can")
     fields = {field: _value(config, key) for field, key in architecture.keys.items()}
+    for field in ("num_layers", "num_decoder_layers"):
+        if isinstance(blocks := fields.get(field), int) and blocks > MOST_BLOCKS:
+            raise _problem(f"{architecture.keys[field].name} {shown(blocks)} is too many", _DAMAGED)
     try:
         return ModelSection(**{**fields, **architecture.fixed, **architecture.read(config, tensors)})
     except ValidationError as error:
-        first = error.errors()[0]
-        said = first["ctx"]["error"].args[0] if first["type"] == "value_error" else first["msg"]
-        field = ".".join(map(str, first["loc"]))
-        raise _problem(f"{field}: {said}" if field else said, _DAMAGED) from None
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise _problem(f"is damaged: {error!r}", _DAMAGED) from None
+        field, said = finding(error)
+        name = architecture.keys[field].name if field in architecture.keys else field
+        raise _problem(f"{name}: {said}" if name else said, _DAMAGED) from None
+    except MISTAKES:
+        raise damaged() from None
+
+
+def damaged() -> ConfigProblem:
+    """For what no check above has a word for."""
+    return _problem("a value in it has the wrong type or size", _DAMAGED)
 
 
 def _value(config: Config, key: Key) -> Any:

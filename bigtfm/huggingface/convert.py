@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,18 +50,60 @@ def compared(
 
 @contextmanager
 def made_whole(out: Path) -> Iterator[Path]:
-    """A hidden folder to write into, which becomes `out` at the end; of a failure nothing stays."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigProblem("is there already", where=str(out), fix="choose another OUT, or remove it")
+    """A hidden folder to write into, which becomes `out` at the end; of a failure nothing stays.
+
+    Of several at once the first that is whole becomes `out`.
+
+    Raises:
+        ConfigProblem: `out` is taken, before or at the end.
+        StorageProblem: there is no room.
+    """
+    taken = ConfigProblem("is there already", where=str(out), fix="choose another OUT, or remove it")
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise taken
     out = Path(os.path.abspath(out))
-    building = out.parent / f".building-{out.name}"
-    shutil.rmtree(building, ignore_errors=True)  # a killed one's
-    building.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _private(out) as building:
+        try:
+            yield building
+        except OSError as error:
+            error.filename = error.filename or str(out)  # a write that finds no room names no file
+            raise
+        try:
+            building.rename(out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise taken from None
+            raise
+
+
+@contextmanager
+def _private(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that is this process's alone; those that killed ones left are removed."""
+    for left in out.parent.glob(f".building-{glob.escape(out.name)}-*"):
+        with suppress(OSError), _opened(left) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock goes with its process
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".new-{out.name}-", dir=out.parent))
+    with _opened(folder) as handle:
+        with suppress(OSError):  # a file system without locks: it keeps a name that nobody removes
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            folder = folder.rename(folder.with_name(folder.name.replace(".new", ".building", 1)))
+        try:
+            building = folder / out.name  # with the user's own permissions, which mkdtemp's has not
+            building.mkdir()
+            yield building
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield building
-        building.rename(out)
+        yield handle
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        os.close(handle)
 
 
 def with_progress(

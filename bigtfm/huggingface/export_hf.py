@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigtfm.config.problems import NoCheckpoint
 from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import DataSection, ModelSection, ObjectiveSection
+from bigtfm.config.sections import ModelSection
 from bigtfm.data.special import special_ids
-from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
-from bigtfm.engine import checkpoint, weights
+from bigtfm.data.tokenizer import Tokenizer
+from bigtfm.engine import weights
 from bigtfm.huggingface import config as hf_config
 from bigtfm.huggingface import tokenizer as hf_tokenizer
 from bigtfm.huggingface.convert import (
@@ -28,9 +27,9 @@ from bigtfm.huggingface.convert import (
     with_progress,
     write_json,
 )
-from bigtfm.huggingface.files import INDEX, WEIGHTS, read_json
+from bigtfm.huggingface.files import INDEX, WEIGHTS, read_json, require_finite
 from bigtfm.huggingface.mapping import Architecture, Config, Conversion, Shape, parameter_shapes
-from bigtfm.run_directory import HUGGING_FACE
+from bigtfm.run_directory import HUGGING_FACE, SavedRun, saved_run
 
 SHARD_BYTES = 5 * 10**9  # of an export, as save_pretrained's default was for years
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -48,29 +47,24 @@ def export_hf(
 
     Raises:
         ConfigProblem: no architecture, or not the one asked for, is this model's shape; or `out` is taken.
-        NoCheckpoint: there is none.
+        NoCheckpoint: there is none, or its parameters are not the model's.
+        DataProblem: the tokenizer is another's, or a weight is not finite.
         NumericsProblem: transformers disagrees.
     """
-    newest = checkpoint.newest(run_dir / "checkpoints")
-    if newest is None:
-        raise NoCheckpoint(
-            "no checkpoint", where=str(run_dir), fix="pass the directory of a run that has one"
-        )
+    saved = saved_run(run_dir)
+    newest, section, vocab_size = saved.checkpoint, saved.run.model, saved.vocab_size
     with made_whole(out) as building:
-        identity = checkpoint.read_state(newest)["progress"]["identity"]
-        section = ModelSection.model_validate(identity["model"])
-        vocab_size: int = identity["model"]["vocab_size"]
+        _require_whole(saved)
         original = _original(run_dir)
         target = _target(architecture, original, section)
         if original.get("model_type") != target.model_type:
             original = {}
-        tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").is_dir() else None
-        special = _special(original, tokenizer, section)
+        special = _special(original, saved.tokenizer, section)
         config = original | hf_config.to_hf_config(section, vocab_size, target, special)
         write_json(building / "config.json", config)
         if section.family != "bert":
             write_json(building / "generation_config.json", _generation(run_dir, bool(original), special))
-        note = _write_tokenizer(building, run_dir, tokenizer, identity, bool(original), compare)
+        note = _write_tokenizer(building, run_dir, saved, bool(original), compare)
 
         theirs = hf_config.expressed(section, config)
         conversion = Conversion(target, theirs, vocab_size, vocab_size, target.position_offset(config))
@@ -87,6 +81,24 @@ def export_hf(
     )
 
 
+def _require_whole(saved: SavedRun) -> None:
+    """Raises NoCheckpoint where the checkpoint's parameters are not those of its model."""
+    model, found = saved.run.model, weights.weight_shapes(saved.checkpoint)
+    rows = model.padded_vocab_size(saved.vocab_size)
+    if max(model.num_layers, model.decoder_layers) > len(found):  # too many to name
+        odd = ["num_layers"]
+    elif rows != found.get("embed_tokens.weight", (0,))[0]:
+        odd = ["embed_tokens.weight"]
+    else:
+        odd = sorted(name for name, _ in found.items() ^ parameter_shapes(model, saved.vocab_size).items())
+    if odd:
+        raise NoCheckpoint(
+            f"its parameters are not those of the model in state.json: {odd[0]}",
+            where=str(saved.checkpoint),
+            fix="use another checkpoint of the run",
+        )
+
+
 def _original(run_dir: Path) -> Config:
     """config.json of the model that the run began with, less what an export says anew; {}: none."""
     path = run_dir / HUGGING_FACE / "config.json"
@@ -97,7 +109,10 @@ def _original(run_dir: Path) -> Config:
 def _target(asked: str | None, original: Config, section: ModelSection) -> Architecture:
     if asked is None and not original:
         return hf_config.fitting(section)
-    target = hf_config.architecture_named(asked) if asked else hf_config.architecture_of(original)
+    if asked is None:
+        target = hf_config.architecture_of(original)
+    else:
+        target = hf_config.architecture_named(asked)
     hf_config.require_fit(section, target)
     return target
 
@@ -125,8 +140,7 @@ def _generation(run_dir: Path, imported: bool, special: Config) -> Config:
 def _write_tokenizer(
     folder: Path,
     run_dir: Path,
-    tokenizer: Tokenizer | None,
-    identity: dict[str, Any],
+    saved: SavedRun,
     imported: bool,
     compare: bool,
 ) -> str:
@@ -134,13 +148,14 @@ def _write_tokenizer(
 
     Returns what is to be told of it.
     """
+    tokenizer = saved.tokenizer
     if tokenizer is None:
         return "none in the run directory"
     candidates = [_converted_tokenizer]
     if imported and read_json(run_dir / HUGGING_FACE / ORIGIN)["tokenizer"] == tokenizer.identity:
         candidates.insert(0, _original_tokenizer)
     for candidate in candidates:
-        files = candidate(run_dir, tokenizer, identity)
+        files = candidate(run_dir, tokenizer, saved.run)
         for name, content in files.items():
             (folder / name).write_bytes(content)
         if not compare or find_spec("transformers") is None or _gives_our_ids(folder, tokenizer):
@@ -151,17 +166,12 @@ def _write_tokenizer(
     return "AutoTokenizer puts another in its place; PreTrainedTokenizerFast loads it"
 
 
-def _original_tokenizer(run_dir: Path, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, bytes]:
+def _original_tokenizer(run_dir: Path, tokenizer: Tokenizer, run: RunConfig) -> dict[str, bytes]:
     kept = [run_dir / HUGGING_FACE / name for name in hf_tokenizer.FILES]
     return {path.name: path.read_bytes() for path in kept if path.is_file()}
 
 
-def _converted_tokenizer(run_dir: Path, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, bytes]:
-    run = RunConfig(
-        model=ModelSection.model_validate(identity["model"]),
-        data=DataSection(seq_len=identity["data"]["seq_len"]),
-        objective=ObjectiveSection.model_validate(identity["objective"]),
-    )
+def _converted_tokenizer(run_dir: Path, tokenizer: Tokenizer, run: RunConfig) -> dict[str, bytes]:
     special = special_ids(tokenizer, run)
     named = {i: f"<extra_id_{k}>" for k, i in enumerate(special.sentinels)}
     if special.mask is not None:
@@ -208,4 +218,5 @@ def _exported(
     read = weights.read_weights(newest, {name: shape for name, shape in shapes.items() if name in ours})
     for name, shape in shapes.items():
         value = next(read)[1] if name in ours else torch.zeros(shape)
+        require_finite(name, value, newest)
         yield from conversion.to_theirs(name, value).items()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,13 @@ class TensorFiles:
         self._file_of: dict[str, Any] = {}
         for path in self._paths():
             try:
+                if path.exists() and not path.is_file():  # a pipe would be waited for
+                    raise OSError("no regular file")
                 file = safe_open(path, framework="pt").__enter__()
                 for name in file.keys():
+                    if name in self.shapes:
+                        what = f"{name} stands in {path.name} and in another file, too"
+                        raise self._problem(what, "download it again")
                     part = file.get_slice(name)
                     self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
                     self._file_of[name] = file
@@ -86,6 +90,8 @@ def read_json(path: Path) -> dict[str, Any]:
         DataProblem: the file is missing or holds no object.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("no regular file")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         fix = "pass a folder that save_pretrained has written"
@@ -95,6 +101,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataProblem("holds no object", where=str(path), fix="download it again")
     return values
+
+
+def require_finite(name: str, tensor: Tensor, where: Path) -> None:
+    """Raises DataProblem where a weight is NaN or infinite."""
+    if not tensor.isfinite().all():
+        fix = "use weights from before the training diverged, or download them again"
+        raise DataProblem(f"{name} holds NaN or infinity", where=str(where), fix=fix)
+
+
+def said(error: Exception) -> str:
+    """The first line of a library's message."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -109,10 +127,16 @@ class Plan:
     dropped: list[str]  # names in the files that are not taken
 
     def read(self, name: str, files: TensorFiles) -> Tensor:
-        """Our parameter `name`, which is in `sources` or `zeros`."""
+        """Our parameter `name`, which is in `sources` or `zeros`.
+
+        Raises:
+            DataProblem: it is not finite.
+        """
         if name in self.sources:
             theirs = [files.read(source) for source in self.sources[name]]
-            return self.conversion.to_ours(name, self.shapes[name], theirs)
+            ours = self.conversion.to_ours(name, self.shapes[name], theirs)
+            require_finite(" or ".join(self.sources[name]), ours, files.folder)
+            return ours
         return torch.zeros(self.shapes[name])
 
 
@@ -130,7 +154,7 @@ def plan_import(files: TensorFiles, config: Config, conversion: Conversion) -> P
         output, embedding = (architecture.their_names(f"{m}.weight")[0] for m in ("lm_head", "embed_tokens"))
         aliases[output] = embedding
     wanted = {theirs for stored in parts.values() for theirs in stored}
-    found = _canonical_names(files.shapes, architecture, wanted | set(aliases))
+    found = _canonical_names(files, architecture, wanted | set(aliases))
     _settle(files, found, aliases, architecture)
     plan = Plan(conversion, shapes, {}, [], [], [])
     no_decoder = not any(
@@ -157,20 +181,35 @@ def plan_import(files: TensorFiles, config: Config, conversion: Conversion) -> P
         raise DataProblem(
             f"holds {unexpected[0]}{more}, which no {architecture.classes[0]} has",
             where=str(files.folder),
-            fix="save the model without its own head: model.base_model.save_pretrained(...)",
+            fix=_unexpected_fix(unexpected[0], architecture, wanted),
         )
     return plan
 
 
-def _canonical_names(names: Iterable[str], architecture: Architecture, known: set[str]) -> dict[str, str]:
+def _unexpected_fix(name: str, architecture: Architecture, wanted: set[str]) -> str:
+    of_first = re.sub(r"\.\d+\.", ".0.", name, count=1)
+    if wanted.isdisjoint((of_first, architecture.prefix + of_first)):
+        return "save the model without its own head: model.base_model.save_pretrained(...)"
+    decoder = "num_decoder_layers" in architecture.keys and "decoder." in name
+    key = architecture.keys["num_decoder_layers" if decoder else "num_layers"].name
+    return f"set {key} in config.json to the number of blocks that the files hold"
+
+
+def _canonical_names(files: TensorFiles, architecture: Architecture, known: set[str]) -> dict[str, str]:
     """Name as the class with the output layer has it -> name in the files, without what is ignored."""
-    found = {}
-    for name in names:
+    found: dict[str, str] = {}
+    for name in files.shapes:
         if re.search(architecture.ignored, name):
             continue
         canonical = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # TensorFlow's, in BERT
         if canonical not in known and architecture.prefix + canonical in known:
             canonical = architecture.prefix + canonical
+        if canonical in found:
+            raise DataProblem(
+                f"{found[canonical]} and {name} are the same tensor",
+                where=str(files.folder),
+                fix="remove one of them: save_pretrained writes each once",
+            )
         found[canonical] = name
     return found
 

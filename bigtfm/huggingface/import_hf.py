@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.problems import ConfigProblem, shown
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import ModelSection, ObjectiveSection, RunSection
 from bigtfm.data.tokenizer import Tokenizer
@@ -24,11 +24,12 @@ from bigtfm.engine.checkpoint import Progress
 from bigtfm.huggingface import config as hf_config
 from bigtfm.huggingface import tokenizer as hf_tokenizer
 from bigtfm.huggingface.convert import ORIGIN, compared, count, lines, made_whole, some, with_progress
-from bigtfm.huggingface.files import Plan, TensorFiles, plan_import, read_json
+from bigtfm.huggingface.files import Plan, TensorFiles, plan_import, read_json, said
 from bigtfm.huggingface.mapping import VOCABULARY, Architecture, Config, Conversion
 from bigtfm.model.transformer import initial_value
 from bigtfm.run_directory import HUGGING_FACE
 
+MOST_TOKENS = 2**24  # many times what any model knows
 _FETCHED = ["*.safetensors", "*.json", "*.model", "*.spm", "*.txt", "*.jinja"]
 _KEPT = ("config.json", "generation_config.json", *hf_tokenizer.FILES)
 
@@ -51,9 +52,12 @@ def import_hf(source: str, out: Path, *, vocab_size: int | None = None, compare:
         architecture = hf_config.architecture_of(config)
         files = TensorFiles(folder)
         section = hf_config.to_model_section(config, files.shapes)
-        tokenizer, missing = hf_tokenizer.read_tokenizer(folder)
-        conversion = _conversion(architecture, section, config, tokenizer, vocab_size)
-        plan = plan_import(files, config, conversion)
+        tokenizer, missing = hf_tokenizer.read_tokenizer(folder, architecture.model_type)
+        try:
+            conversion = _conversion(architecture, section, config, tokenizer, vocab_size)
+            plan = plan_import(files, config, conversion)
+        except hf_config.MISTAKES:
+            raise hf_config.damaged() from None
         section = conversion.section
 
         objective = ObjectiveSection(kind=architecture.objective)
@@ -92,9 +96,8 @@ def _folder_of(source: str) -> Path:
     try:  # "*/*": other formats stand in subfolders
         found = snapshot_download(source, allow_patterns=_FETCHED, ignore_patterns=["*/*", "consolidated*"])
     except Exception as error:
-        said = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise ConfigProblem(
-            f"neither a folder nor to be had from the Hugging Face hub: {said}",
+            f"neither a folder nor to be had from the Hugging Face hub: {said(error)}",
             where=source,
             fix="check the name and the network, or pass a folder",
         ) from None
@@ -108,10 +111,8 @@ def _conversion(
     tokenizer: Tokenizer | None,
     asked: int | None,
 ) -> Conversion:
-    theirs, known = config.get("vocab_size"), tokenizer.vocab_size if tokenizer else 0
-    if not isinstance(theirs, int) or theirs < 1:
-        raise ConfigProblem("does not say vocab_size", where="config.json", fix="restore the file")
-    ours = asked or theirs
+    theirs, known = _tokens(config.get("vocab_size"), "config.json"), tokenizer.vocab_size if tokenizer else 0
+    ours = theirs if asked is None else _tokens(asked, "--vocab-size")
     if ours < known or (section.decoder_start_id or 0) >= ours:
         what = f"the tokenizer's {known}" if ours < known else f"decoder_start_id {section.decoder_start_id}"
         raise ConfigProblem(
@@ -121,6 +122,13 @@ def _conversion(
         )
     section = section.model_copy(update={"vocab_size": None if ours == known else ours})
     return Conversion(architecture, section, theirs, ours, architecture.position_offset(config))
+
+
+def _tokens(value: Any, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= MOST_TOKENS:
+        fix = f"it must be an integer from 1 to {MOST_TOKENS}"
+        raise ConfigProblem(f"vocab_size can't be {shown(value)}", where=where, fix=fix)
+    return value
 
 
 def _imported(plan: Plan, files: TensorFiles) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,8 @@ N texts of different lengths, T tokens of them all, S of the longest, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtfm.config.problems import NumericsProblem
-from bigtfm.huggingface.files import read_json
+from bigtfm.config.problems import DataProblem, NumericsProblem
+from bigtfm.huggingface.files import read_json, said
 from bigtfm.model.attention import Documents
 from bigtfm.model.bert import BERT
 from bigtfm.model.encoder_decoder import EncoderDecoder
@@ -65,6 +67,7 @@ def require_parity(model: LanguageModel, folder: Path, name: str) -> Parity:
     """Compares our model with transformers' of class `name` in `folder`, both in fp32 on the CPU.
 
     Raises:
+        DataProblem: transformers can't load or run it.
         NumericsProblem: an output differs by more than 1e-5 x max(1, the largest of theirs).
     """
     parity = measure(model, folder, name)
@@ -89,7 +92,8 @@ def measure(model: LanguageModel, folder: Path, name: str) -> Parity:
     written = None
     if isinstance(model, EncoderDecoder) and not name.endswith("EncoderModel"):
         written = _probe((min(5, longest), longest, 1, longest // 2 + 1), ids, seed=1)
-    theirs = _their_outputs(_load(name, folder), read, written, types=model.config.token_types > 1)
+    with _theirs(folder):
+        theirs = _their_outputs(_load(name, folder), read, written, types=model.config.token_types > 1)
     ours = _our_outputs(model, read, written)
     differences = []
     for output, expected in theirs.items():
@@ -100,6 +104,19 @@ def measure(model: LanguageModel, folder: Path, name: str) -> Parity:
         difference=max(differences),
         largest=max(float(expected.abs().max()) for expected in theirs.values()),
     )
+
+
+@contextmanager
+def _theirs(folder: Path) -> Iterator[None]:
+    """Turns whatever transformers raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise DataProblem(
+            f"transformers can't load or run it: {said(error)}",
+            where=str(folder),
+            fix="check config.json and the weights with transformers itself, or pass --no-compare",
+        ) from None
 
 
 def _probe(lengths: tuple[int, ...], ids: Tensor, seed: int) -> Probe:

@@ -49,12 +49,23 @@ PROBE = (
 )
 
 
-def read_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
+def read_tokenizer(folder: Path, model_type: str) -> tuple[Tokenizer | None, str]:
     """The tokenizer of a Hugging Face folder, or None and why there is none.
 
     Raises:
-        DataProblem: it is damaged.
+        DataProblem: it is damaged, or makes nothing of a text.
     """
+    tokenizer, missing = _read(folder, model_type)
+    if tokenizer is not None and not tokenizer.encode(PROBE[2]):
+        raise DataProblem(
+            f"its tokenizer makes no token of {PROBE[2].strip()!r}",
+            where=str(folder),
+            fix="restore the tokenizer's files, or remove them to import the weights alone",
+        )
+    return tokenizer, missing
+
+
+def _read(folder: Path, model_type: str) -> tuple[Tokenizer | None, str]:
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), ""
     for name in ("tokenizer.model", "spiece.model"):
@@ -62,7 +73,8 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
             return load_tokenizer(folder / name), ""
     if (folder / "source.spm").is_file():
         return _marian(folder)
-    if any((folder / name).is_file() for name in ("vocab.txt", "vocab.json")):
+    vocabulary = "vocab.txt" if model_type == "bert" else "vocab.json"  # WordPiece's is BERT's alone
+    if (folder / vocabulary).is_file():
         return load_tokenizer(folder), ""  # by transformers
     return None, "no tokenizer found"
 

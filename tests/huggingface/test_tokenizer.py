@@ -192,7 +192,7 @@ def test_marian_ids(lines: list[str], tmp_path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
     model = trained(lines, model_type="unigram")
-    ours, _ = read_tokenizer(marian(tmp_path, model))
+    ours, _ = read_tokenizer(marian(tmp_path, model), "marian")
     assert ours is not None
     ids = json.loads((tmp_path / "vocab.json").read_text())
     processor = SentencePieceProcessor(model_proto=model)
@@ -207,28 +207,28 @@ def test_marian_ids(lines: list[str], tmp_path: Path) -> None:
 def test_marian_with_two_tokenizers_has_none(lines: list[str], tmp_path: Path) -> None:
     model = trained(lines, model_type="unigram")
     found, why = read_tokenizer(
-        marian(tmp_path, model, lambda ids: ids.pop(next(p for p in ids if len(p) > 5)))
+        marian(tmp_path, model, lambda ids: ids.pop(next(p for p in ids if len(p) > 5))), "marian"
     )
     assert found is None
     assert "lacks pieces" in why
     (tmp_path / "target.spm").write_bytes(trained(lines[::2], model_type="unigram"))
-    found, why = read_tokenizer(tmp_path)
+    found, why = read_tokenizer(tmp_path, "marian")
     assert found is None
     assert "two tokenizers" in why
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(DataProblem, match="can't be read"):
-        read_tokenizer(tmp_path)
+        read_tokenizer(tmp_path, "marian")
 
 
 def test_what_a_folder_has(models: dict[str, Tokenizer], tmp_path: Path) -> None:
-    assert read_tokenizer(tmp_path) == (None, "no tokenizer found")
+    assert read_tokenizer(tmp_path, "marian") == (None, "no tokenizer found")
     (tmp_path / "spiece.model").write_bytes(models["t5"].files["tokenizer.model"])
-    found, _ = read_tokenizer(tmp_path)
+    found, _ = read_tokenizer(tmp_path, "marian")
     assert found is not None
     assert found.identity == models["t5"].identity
     for name, content in hf_files(models["bpe"], {}, closes=False).items():
         (tmp_path / name).write_bytes(content)
-    found, _ = read_tokenizer(tmp_path)  # tokenizer.json goes first
+    found, _ = read_tokenizer(tmp_path, "marian")  # tokenizer.json goes first
     assert found is not None
     assert found.kind == "huggingface"
     assert found.encode("the people") == models["bpe"].encode("the people")
@@ -240,7 +240,7 @@ def test_wordpiece_and_byte_level(tmp_path: Path) -> None:
     bert.mkdir()
     (bert / "vocab.txt").write_text("\n".join(words) + "\n")
     (bert / "config.json").write_text('{"model_type": "bert"}')
-    found, _ = read_tokenizer(bert)
+    found, _ = read_tokenizer(bert, "bert")
     assert found is not None
     assert found.encode("The peoples") == [5, 6, 7]
     gpt = tmp_path / "gpt2"
@@ -248,7 +248,7 @@ def test_wordpiece_and_byte_level(tmp_path: Path) -> None:
     (gpt / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "Ġ": 4}))
     (gpt / "merges.txt").write_text("#version: 0.2\na b\n")
     (gpt / "config.json").write_text('{"model_type": "gpt2"}')
-    found, _ = read_tokenizer(gpt)
+    found, _ = read_tokenizer(gpt, "gpt2")
     assert found is not None
     assert found.encode("ab a") == [3, 4, 1]
     assert found.eos_id == 0
