@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,27 @@ CONFIGS = {
     "no width": ("llama", {"hidden_size": ...}, "hidden_size"),
     "width of text": ("llama", {"hidden_size": "32"}, "hidden_size"),
     "heads that don't fit": ("llama", {"num_key_value_heads": 3}, "num_kv_heads"),
+    "architectures is a number": ("gpt2", {"architectures": 5}, "architectures 5 is no list"),
+    "architectures is a text": ("gpt2", {"architectures": "GPT2LMHeadModel"}, "is no list"),
+    "architectures of numbers": ("gpt2", {"architectures": [5]}, "is no list"),
+    "no features": ("t5", {"d_model": 0}, "wrong type or size"),
+    "features of a fraction": ("gpt2", {"n_embd": 1e10}, "n_embd"),
+    "no blocks": ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),
+    "millions of blocks": ("mistral", {"num_hidden_layers": 10_000_000}, "num_hidden_layers 10000000 is too"),
+    "more blocks than integers": ("modernbert", {"num_hidden_layers": 10**30}, "num_hidden_layers"),
+    "too few kinds of blocks": ("mistral", {"layer_types": ["full_attention"]}, "layer_types has 1"),
+    "unknown kind of block": ("mistral", {"layer_types": ["sliding", "full", "x"]}, "layer_types.*can't"),
+    "kinds of blocks as text": ("modernbert", {"layer_types": "full_attention"}, "layer_types.*can't"),
+    "every 0th block": (
+        "modernbert",
+        {"layer_types": ..., "global_attn_every_n_layers": 0},
+        "global_attn_every",
+    ),
+    "scale of text": ("gpt2", {"scale_attn_weights": "false"}, 'scale_attn_weights "false"'),
+    "bias of text": ("llama", {"attention_bias": "false"}, 'attention_bias "false"'),
+    "norm bias of text": ("modernbert", {"norm_bias": "no"}, 'norm_bias "no"'),
+    "tied by a number": ("t5", {"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
+    "sliding of text": ("qwen2", {"use_sliding_window": "false"}, 'use_sliding_window "false"'),
     "scaling without numbers": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "rotary_scaling"),
 }
 
@@ -201,6 +223,7 @@ def test_config_that_is_refused(case: str, copied: Callable[..., Path]) -> None:
     with pytest.raises(ConfigProblem, match=word) as refused:
         planned(copied(name, **changes))
     assert "\n" not in refused.value.line
+    assert "Error" not in refused.value.line
     assert refused.value.exit_code == 64
 
 
@@ -218,7 +241,7 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "more blocks": (
         "gpt2",
         lambda t: t.update({"transformer.h.3.ln_1.weight": torch.ones(32)}),
-        r"transformer\.h\.3",
+        r"transformer\.h\.3.*set n_layer",
     ),
     "misshapen": ("gpt2", lambda t: t.update({"transformer.ln_f.weight": torch.ones(31)}), r"\[31\].*\[32\]"),
     "wrong vocabulary": (
@@ -230,6 +253,17 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         "gpt2",
         lambda t: t.update({"transformer.ln_f.weight": torch.ones(32, dtype=torch.int8)}),
         "I8",
+    ),
+    "more blocks of a decoder": (
+        "bart",
+        lambda t: t.update({"model.decoder.layers.3.fc1.bias": torch.ones(48)}),
+        "set decoder_layers",
+    ),
+    "twice": ("gpt2", lambda t: t.update({"ln_f.weight": torch.ones(32)}), "are the same tensor"),
+    "twice with its old name": (
+        "bert",
+        lambda t: t.update({"bert.embeddings.LayerNorm.gamma": torch.ones(32)}),
+        "are the same tensor",
     ),
     "not tied": (
         "gpt2",
@@ -244,6 +278,28 @@ def test_tensors_that_are_refused(case: str, copied: Callable[..., Path]) -> Non
     name, change, words = TENSORS[case]
     with pytest.raises(DataProblem, match=words):
         planned(copied(name, change))
+
+
+def test_a_tensor_in_two_files(copied: Callable[..., Path]) -> None:
+    folder = copied("gpt2")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"transformer.ln_f.weight": torch.ones(32)}, folder / "b.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
+    )
+    with pytest.raises(
+        DataProblem, match=r"transformer\.ln_f\.weight stands in b\.safetensors and in another"
+    ):
+        TensorFiles(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "part.safetensors"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    if name == "part.safetensors":
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "part.safetensors"}}')
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataProblem):
+        read_json(tmp_path / name) if name == "config.json" else TensorFiles(tmp_path)
 
 
 def test_pickles_are_not_opened(tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -370,6 +375,8 @@ def test_an_architecture_that_does_not_fit(trained_run: Callable[..., Path], tmp
         export_hf(run, tmp_path / "out", architecture="gpt2")
     with pytest.raises(ConfigProblem, match="unknown architecture"):
         export_hf(run, tmp_path / "out", architecture="lama")
+    with pytest.raises(ConfigProblem, match="unknown architecture"):
+        export_hf(run, tmp_path / "out", architecture="")
     with pytest.raises(NoCheckpoint):
         export_hf(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -498,6 +505,181 @@ def test_a_damaged_folder(models: Callable[[str], Path], tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataProblem, match="is no JSON"):
         import_hf(str(tmp_path), tmp_path / "run")
+
+
+# what is wrong with a model
+
+
+@pytest.mark.parametrize("value", [0, -5, "100", 1e18, 10**18, True, None])
+def test_a_vocabulary_that_none_has(value: Any, models: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(models("gpt2"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"vocab_size": value}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigProblem, match=r"config\.json: vocab_size can't be .*1 to 16777216"):
+        import_hf(str(source), tmp_path / "run")
+
+
+def test_a_vocabulary_that_is_too_large(models: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigProblem, match="--vocab-size: vocab_size can't be 10000000000"):
+        import_hf(str(models("gpt2")), tmp_path / "run", vocab_size=10**10)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite(value: float, models: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(models("gpt2"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = "transformer.h.1.ln_1.weight"
+    tensors[name] = tensors[name].double()
+    tensors[name][0] = value
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(DataProblem, match=f"{name} holds NaN or infinity"):
+        import_hf(str(source), tmp_path / "run", compare=False)
+
+
+def test_an_export_of_weights_that_are_not_finite(
+    trained_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sys.modules[__name__],
+            "init_weights",
+            lambda model: [torch.nn.init.constant_(p, float("nan")) for p in model.parameters()],
+        )
+        run = trained_run()
+    with pytest.raises(DataProblem, match=r"embed_tokens\.weight holds NaN"):
+        export_hf(run, tmp_path / "out", compare=False)
+
+
+def test_what_transformers_cannot_load(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("You set `ignore_mismatched_sizes`\nto False")
+
+    monkeypatch.setattr(parity, "_load", fails)
+    with pytest.raises(DataProblem, match="transformers can't load or run it: You set") as refused:
+        import_hf(str(models("gpt2")), tmp_path / "run")
+    assert "to False" not in refused.value.line
+    assert not list(tmp_path.iterdir())
+
+
+# what is wrong with a run
+
+
+def resigned(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what state.json says of the model, and its row in the manifest."""
+    folder = run / "checkpoints/step-00000007"
+    state = json.loads((folder / "state.json").read_text())
+    change(state["progress"]["identity"])
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = checkpoint.flush_and_hash(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no model": (lambda saved: saved.pop("model"), "lacks 'model'"),
+    "no length": (lambda saved: saved.pop("data"), "lacks 'data'"),
+    "no vocabulary": (lambda saved: saved["model"].pop("vocab_size"), "lacks 'vocab_size'"),
+    "model of text": (lambda saved: saved.update(model="x"), "state.json describes no model"),
+    "data of text": (lambda saved: saved.update(data="x"), "wrong type"),
+    "heads": (lambda saved: saved["model"].update(num_attention_heads=5), "not a multiple"),
+    "width of text": (lambda saved: saved["model"].update(hidden_size="32"), "hidden_size: .*integer"),
+}
+LACKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a block too few": (lambda saved: saved["model"].update(num_layers=1), r"decoder\.layers\.1\."),
+    "a block too many": (lambda saved: saved["model"].update(num_layers=3), r"decoder\.layers\.2\."),
+    "millions of blocks": (lambda saved: saved["model"].update(num_layers=10**8), "num_layers"),
+    "another vocabulary": (lambda saved: saved["model"].update(vocab_size=10**12), "embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("case", STATES | LACKS)
+def test_a_state_that_is_not_the_models(case: str, trained_run: Callable[..., Path], tmp_path: Path) -> None:
+    change, words = (STATES | LACKS)[case]
+    resigned(trained_run(), change)
+    with pytest.raises(NoCheckpoint, match=words) as refused:
+        export_hf(tmp_path / "run", tmp_path / "out", compare=False)
+    assert refused.value.exit_code == 76
+    assert "pydantic" not in refused.value.line
+    assert not (tmp_path / "out").exists()
+    if case in STATES:
+        with pytest.raises(NoCheckpoint, match=words):
+            open_run(tmp_path / "run")
+
+
+def test_the_tokenizer_of_another_run(
+    trained_run: Callable[..., Path], corpus_lines: list[str], tmp_path: Path
+) -> None:
+    run = trained_run()
+    other = train_sentencepiece([corpus_lines[1].encode()], vocab_size=320)
+    SentencePieceTokenizer(other).save(run / "tokenizer")
+    with pytest.raises(DataProblem, match="not the tokenizer that the model was trained with"):
+        export_hf(run, tmp_path / "out")
+
+
+# several at once, and killed ones
+
+
+@pytest.mark.parametrize("commands", [("import", "import"), ("export", "export"), ("import", "export")])
+def test_two_at_once_leave_one_whole(
+    commands: tuple[str, str], models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    import_hf(str(models("gpt2")), run, compare=False)
+    both, write = threading.Barrier(2), weights.write_safetensors
+
+    def together(*given: Any) -> None:
+        both.wait(30)  # each has begun before one of them ends
+        write(*given)
+        both.wait(30)
+
+    monkeypatch.setattr(weights, "write_safetensors", together)
+
+    def command(name: str) -> str:
+        try:
+            if name == "import":
+                import_hf(str(models("gpt2")), out, compare=False)
+            else:
+                export_hf(run, out, compare=False)
+        except ConfigProblem as problem:
+            return problem.what
+        return name
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(command, commands))
+    (won,) = {*said} - {"is there already"}
+    assert len({*said}) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert (out / "config.json").is_file() == (won == "export")
+    if won == "import":
+        assert checkpoint.newest(out / "checkpoints") is not None
+
+
+def test_a_killed_one_leaves_its_place_free(tmp_path: Path) -> None:
+    code = (
+        "import os; from pathlib import Path; from bigtfm.huggingface.convert import made_whole\n"
+        f"with made_whole(Path({str(tmp_path / 'run')!r})) as folder:\n"
+        "    (folder / 'half').touch(); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".building-run-")
+    with convert.made_whole(tmp_path / "run") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "whole"]
+
+
+def test_a_link_is_no_place(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigProblem, match="is there already"), convert.made_whole(tmp_path / "run"):
+        pass
+
+
+def test_a_full_disk_has_a_place(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as refused, convert.made_whole(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert refused.value.filename == str(tmp_path / "run")
 
 
 # a real one

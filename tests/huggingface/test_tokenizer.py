@@ -252,3 +252,19 @@ def test_wordpiece_and_byte_level(tmp_path: Path) -> None:
     assert found is not None
     assert found.encode("ab a") == [3, 4, 1]
     assert found.eos_id == 0
+
+
+def test_vocab_txt_is_berts_alone(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert read_tokenizer(tmp_path, "bert")[0] is not None
+    assert read_tokenizer(tmp_path, "gpt2") == (None, "no tokenizer found")
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import models
+
+    FastTokenizer(models.BPE({"</s>": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataProblem, match="makes no token"):
+        read_tokenizer(tmp_path, "gpt2")
