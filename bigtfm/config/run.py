@@ -62,6 +62,11 @@ class RunConfig(Section):
                     f"objective.{name} does nothing for {self.objective_kind}",
                     f"leave it out; it is for {' and '.join(kinds)}",
                 )
+        if self.model.attention_dropout and self.compute.attention not in ("auto", "reference"):
+            raise ValueError(
+                f"compute.attention {self.compute.attention} can't drop attention weights",
+                "set model.attention_dropout to 0, or compute.attention to auto",
+            )
         if objective.mask_random + objective.mask_keep > 1:
             raise ValueError(
                 f"objective.mask_random {objective.mask_random} + mask_keep {objective.mask_keep} is over 1",

@@ -85,7 +85,8 @@ def span_corruption(
 
 
 def infilling(windows: Windows, *, options: ObjectiveSection, special: SpecialIds, seed: int) -> Examples:
-    """BART's text infilling (Lewis et al. 2020, section 2.2): the decoder writes the whole segment.
+    """BART's text infilling (Lewis et al. 2020, section 2.2): the decoder writes the whole segment, its BOS
+    only where that is not what it starts with.
 
     Spans of Poisson(`span_length`) tokens, drawn until they hide `mask_fraction` of the text (the last is cut
     to fit), stand anywhere in it, each replaced by one mask; one of no tokens inserts a mask. Of these there
@@ -115,14 +116,29 @@ def infilling(windows: Windows, *, options: ObjectiveSection, special: SpecialId
     encoder = np.empty(len(encoder_text), np.int64)
     encoder[encoder_text] = text
     encoder[~encoder_text] = tokens[~is_text]
+    target, decoder_lengths = _whole(windows, tokens, special)
     return Examples(
         encoder,
-        tokens,
-        len(tokens),
+        target,
+        int(np.count_nonzero(target != IGNORE)),
         seq_lens,
-        decoder_input_ids=_shifted(tokens, windows.seq_lens, special),
-        decoder_seq_lens=windows.seq_lens,
+        decoder_input_ids=_shifted(target, decoder_lengths, special),
+        decoder_seq_lens=decoder_lengths,
     )
+
+
+def _whole(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
+    """What infilling writes, and its lengths: the segments, without BOS unless it is written. A lone BOS
+    leaves nothing to write: its place has no label.
+    """
+    begins, lengths = windows.cu_seqlens[:-1], windows.seq_lens
+    if special.writes_bos:
+        return tokens, lengths
+    opened = tokens[begins] == special.bos
+    target, kept = tokens.copy(), np.ones(len(tokens), np.bool_)
+    target[begins[opened & (lengths == 1)]] = IGNORE
+    kept[begins[opened & (lengths > 1)]] = False
+    return target[kept], lengths - (opened & (lengths > 1))
 
 
 def text_of(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:

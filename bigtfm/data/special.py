@@ -36,6 +36,15 @@ class SpecialIds:
     ordinary: NDArray[np.int64]  # the ids of all others
     word_starts: NDArray[np.bool_] | None  # [V]: begins a word; None unless asked for
 
+    @property
+    def writes_bos(self) -> bool:
+        """Whether a decoder that writes a whole text writes its BOS first, as BART's does.
+
+        Not where it has read BOS already, as its start: with relative positions it could not tell one from
+        two, and would write BOS for ever. Nor where BOS is EOS, which ends the text.
+        """
+        return self.bos not in (self.start, self.eos)
+
 
 def special_ids(tokenizer: Tokenizer, run: RunConfig) -> SpecialIds:
     """What the run's objective needs of the tokenizer and adds to it.

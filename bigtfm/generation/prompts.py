@@ -105,8 +105,8 @@ def _write(
     else:
         ids = [_read(text, number, tokenizer, special) for number, text in enumerate(prompts, start=1)]
         start = [special.start]
-        if special.mask is not None:  # infilling: the decoder's text begins as the encoder's does
-            start += _lead(special)
+        if special.mask is not None and special.writes_bos:  # infilling
+            start.append(special.bos)
     common = {"max_new_tokens": settings.max_new_tokens, "start": start, "eos_id": special.eos}
     for text, found in zip(prompts, _found(model, ids, common, settings), strict=True):
         for tokens, score in found:

@@ -177,7 +177,8 @@ def _converted_tokenizer(run_dir: Path, tokenizer: Tokenizer, run: RunConfig) ->
     if special.mask is not None:
         named[special.mask] = "<mask>"
     added = {i: name for i, name in named.items() if i >= tokenizer.vocab_size}
-    return hf_tokenizer.hf_files(tokenizer, added, closes=run.model.family != "gpt")
+    closes, types = run.model.family != "gpt", run.model.token_types > 0
+    return hf_tokenizer.hf_files(tokenizer, added, closes=closes, token_types=types)
 
 
 def _gives_our_ids(folder: Path, tokenizer: Tokenizer) -> bool:

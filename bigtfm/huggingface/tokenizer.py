@@ -79,11 +79,13 @@ def _read(folder: Path, model_type: str) -> tuple[Tokenizer | None, str]:
     return None, "no tokenizer found"
 
 
-def hf_files(tokenizer: Tokenizer, added: Mapping[int, str], *, closes: bool) -> dict[str, bytes]:
+def hf_files(
+    tokenizer: Tokenizer, added: Mapping[int, str], *, closes: bool, token_types: bool = False
+) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json, as AutoTokenizer loads them.
 
     added: ids behind the tokenizer's vocabulary, and their names. closes: EOS follows a text; BOS leads it
-    anyway.
+    anyway. token_types: the model tells sentence A from B.
 
     Raises:
         DataProblem: the tokenizer can't be converted exactly.
@@ -98,8 +100,8 @@ def hf_files(tokenizer: Tokenizer, added: Mapping[int, str], *, closes: bool) ->
         fast.post_processor = _template(bos, eos, closes)
     else:
         fast = FastTokenizer.from_buffer(tokenizer.files["tokenizer.json"])
-    for i, name in sorted(added.items()):
-        fast.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    for i, name in sorted(added.items()):  # a blank before a mask belongs to what it stands for
+        fast.add_special_tokens([AddedToken(name, special=True, normalized=False, lstrip=True)])
         assert fast.token_to_id(name) == i, "added ids follow the vocabulary without a gap"
     names = {
         "bos_token": tokenizer.bos_id,
@@ -111,6 +113,7 @@ def hf_files(tokenizer: Tokenizer, added: Mapping[int, str], *, closes: bool) ->
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
         **{name: fast.id_to_token(i) for name, i in names.items() if i is not None},
     }
     return {

@@ -129,6 +129,7 @@ def test_every_field_says_what_it_is() -> None:
         (["family=bert", "span_length=9"], "objective.span_length does nothing for masked_lm"),
         (["family=encoder_decoder", "mask_random=0.5"], "it is for masked_lm"),
         (["mask_fraction=0.5"], "objective.mask_fraction does nothing for causal_lm"),
+        (["attention_dropout=0.1", "attention=sdpa"], "can't drop attention weights"),
         (["compile_blocks=true", "recompute=selective"], "can't look into compiled blocks"),
     ],
 )

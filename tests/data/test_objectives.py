@@ -541,8 +541,11 @@ def test_a_tokenizer_without_bos(variant):
             read, target = segment(batch, "", n)[0], segment(batch, "decoder_", n)[1]
             assert target == [IGNORE] or EOS not in target[:-1]
             assert restored(read, target)[0] == tokens.tolist()
-    if variant == "infilling":
-        assert torch.equal(batch.labels, plain.input_ids)
+    if variant == "infilling":  # EOS ends a text, so none begins with it
+        for tokens, target in zip(
+            plain.input_ids.split(plain.seq_lens), batch.labels.split(batch.decoder_seq_lens), strict=True
+        ):
+            assert target.tolist() == (tokens[tokens[0] == EOS :].tolist() or [IGNORE])
     ends = int((plain.input_ids == EOS).sum())
     if variant != "pairs":
         assert int((batch.input_ids == EOS).sum()) == ends  # none is hidden
@@ -619,6 +622,24 @@ def test_infilling_asks_for_the_whole_segment_and_reads_less(fraction, span_leng
     for n in range(len(batch.seq_lens)):  # what is left stands in its order
         rest = iter(segment(batch, "decoder_", n)[1])
         assert all(token in rest for token in segment(batch, "", n)[0] if token != MASK)
+
+
+@pytest.mark.parametrize(("start", "eos"), [(BOS, EOS), (START, BOS), (BOS, BOS)])
+def test_infilling_writes_no_bos_where_it_was_read_or_ends_the_text(start, eos):
+    """Else a model without absolute positions writes BOS for ever, or ends before it has begun."""
+    special = replace(SPECIAL, start=start, eos=eos)
+    split = random_split(longest=20)
+    options = ObjectiveSection(mask_fraction=0.3)
+    objective = make_objective(options, "infilling", special, 5)
+    loader = Loader(split, 64, 5, VOCAB, objective)
+    batch, plain = loader.batch(0, 30), make_loader(split, 64, "causal_lm").batch(0, 30)
+    whole = plain.input_ids.split(plain.seq_lens)
+    read, written = (x.split(batch.decoder_seq_lens) for x in (batch.decoder_input_ids, batch.labels))
+    for text, asked, answer in zip(whole, read, written, strict=True):
+        expected = text[1:] if text[0] == BOS else text
+        assert answer.tolist() == (expected.tolist() or [IGNORE])
+        assert asked.tolist() == [start, *expected[:-1].tolist()]
+    assert batch.num_labels == int((batch.labels != IGNORE).sum())
 
 
 def test_model_inputs_are_the_contract():

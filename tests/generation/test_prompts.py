@@ -126,11 +126,14 @@ def test_sentinels_are_read_and_shown(runs, read, monkeypatch):
     assert answer.record == {"prompt": prompt, "text": answer.shown}
 
 
-def test_infilling_begins_as_the_prompt_does(runs, read):
-    opened = open_run(runs / "bart")
-    _, tokenizer, special = opened
-    ask(opened, "The <mask>")
-    assert read == [([[special.bos, *tokenizer.encode("The"), special.mask, special.eos]], [special.bos] * 2)]
+def test_infilling_begins_as_it_was_trained_to(runs, read):
+    """With BOS, unless that is what the decoder starts with anyway."""
+    model, tokenizer, special = open_run(runs / "bart")
+    assert special.start == special.bos
+    document = [special.bos, *tokenizer.encode("The"), special.mask, special.eos]
+    for start, lead in ((special.bos, [special.bos]), (special.eos, [special.eos, special.bos])):
+        ask((model, tokenizer, replace(special, start=start)), "The <mask>")
+        assert read.pop() == ([document], lead)
 
 
 def test_marks_of_another_objective_are_text(runs, read):
