@@ -74,11 +74,12 @@ def span_corruption(
     target[(ends - closes - 1)[hidden]] = tokens[hidden]
     target[ends[closes] - 1] = np.where(hidden_counts > 0, special.eos, IGNORE)
     decoder_lengths = np.add.reduceat(written, begins)
+    read, seq_lens = _read(encoder[kept], np.add.reduceat(kept.astype(np.int64), begins), special)
     return Examples(
-        encoder[kept],
+        read,
         target,
         int(np.count_nonzero(target != IGNORE)),
-        np.add.reduceat(kept.astype(np.int64), begins),
+        seq_lens,
         decoder_input_ids=_shifted(target, decoder_lengths, special),
         decoder_seq_lens=decoder_lengths,
     )
@@ -117,6 +118,7 @@ def infilling(windows: Windows, *, options: ObjectiveSection, special: SpecialId
     encoder[encoder_text] = text
     encoder[~encoder_text] = tokens[~is_text]
     target, decoder_lengths = _whole(windows, tokens, special)
+    encoder, seq_lens = _read(encoder, seq_lens, special)
     return Examples(
         encoder,
         target,
@@ -127,6 +129,11 @@ def infilling(windows: Windows, *, options: ObjectiveSection, special: SpecialId
     )
 
 
+def _read(encoder: Ints, lengths: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
+    """What an encoder reads, and its lengths: a BOS that is EOS (T5 has no other) does not lead a text."""
+    return _without_bos(encoder, lengths, special) if special.bos == special.eos else (encoder, lengths)
+
+
 def _whole(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
     """What infilling writes, and its lengths: the segments, without BOS unless it is written. A lone BOS
     leaves nothing to write: its place has no label.
@@ -134,11 +141,18 @@ def _whole(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, I
     begins, lengths = windows.cu_seqlens[:-1], windows.seq_lens
     if special.writes_bos:
         return tokens, lengths
-    opened = tokens[begins] == special.bos
-    target, kept = tokens.copy(), np.ones(len(tokens), np.bool_)
-    target[begins[opened & (lengths == 1)]] = IGNORE
-    kept[begins[opened & (lengths > 1)]] = False
-    return target[kept], lengths - (opened & (lengths > 1))
+    target, lone = tokens.copy(), (tokens[begins] == special.bos) & (lengths == 1)
+    target[begins[lone]] = IGNORE
+    return _without_bos(target, lengths, special)
+
+
+def _without_bos(ids: Ints, lengths: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
+    """Documents of more than one token without the BOS that they begin with, and their lengths."""
+    begins = np.cumsum(lengths) - lengths
+    dropped = (ids[begins] == special.bos) & (lengths > 1)
+    kept = np.ones(len(ids), np.bool_)
+    kept[begins[dropped]] = False
+    return ids[kept], lengths - dropped
 
 
 def text_of(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
