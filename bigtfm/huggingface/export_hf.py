@@ -126,6 +126,8 @@ def _special(original: Config, tokenizer: Tokenizer | None, section: ModelSectio
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": hf_tokenizer.pad_id(tokenizer),
         }
+        if section.family == "bert":  # ModernBERT's defaults lie beyond a small vocabulary
+            special |= {"cls_token_id": tokenizer.bos_id, "sep_token_id": tokenizer.eos_id}
     if section.family == "encoder_decoder":
         start = section.decoder_start_id
         special["decoder_start_token_id"] = special.get("bos_token_id") if start is None else start
