@@ -21,14 +21,25 @@ def tables() -> str:
     schema = RunConfig.model_json_schema()
     parts = []
     for name, place in schema["properties"].items():
-        section = schema["$defs"][place["$ref"].rpartition("/")[2]]
-        rows = [
-            f"| `{key}` | {_default(field['default'])} | {_allowed(field)} | {_cell(field['description'])} |"
-            for key, field in section["properties"].items()
-        ]
-        head = ["| key | default | may be | meaning |", "|---|---|---|---|"]
-        parts.append("\n".join([f"### [{name}]", "", section["description"], "", *head, *rows]))
+        section = _definition(schema, place)
+        parts.append(_table(f"[{name}]", section))
+        for key, field in section["properties"].items():
+            if "$ref" in field.get("items", {}):  # a list of tables
+                parts.append(_table(f"[[{name}.{key}]]", _definition(schema, field["items"])))
     return "\n\n".join(parts)
+
+
+def _definition(schema: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
+    return schema["$defs"][place["$ref"].rpartition("/")[2]]
+
+
+def _table(name: str, section: dict[str, Any]) -> str:
+    rows = [
+        f"| `{key}` | {_default(field)} | {_allowed(field)} | {_cell(field['description'])} |"
+        for key, field in section["properties"].items()
+    ]
+    head = ["| key | default | may be | meaning |", "|---|---|---|---|"]
+    return "\n".join([f"### {name}", "", section["description"], "", *head, *rows])
 
 
 def written_into(text: str) -> str:
@@ -38,7 +49,10 @@ def written_into(text: str) -> str:
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
-def _default(value: Any) -> str:
+def _default(field: dict[str, Any]) -> str:
+    if "default" not in field:
+        return "to be stated"
+    value = field["default"]
     return "unset" if value is None else f"`{json.dumps(value)}`"
 
 
@@ -51,6 +65,8 @@ def _allowed(field: dict[str, Any]) -> str:
     if options:
         return ", ".join(f"`{option}`" for option in options)
     if field["type"] == "array":
+        if "$ref" in field.get("items", {}):
+            return "list of tables"
         items = field["prefixItems"] if "prefixItems" in field else None
         return (
             f"list of {len(items)} {_allowed(items[0])}s" if items else f"list of {_allowed(field['items'])}"

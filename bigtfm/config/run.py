@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from bigtfm.config.deepspeed_walk import place_of
@@ -215,28 +216,50 @@ def _explain(error: ValidationError, where: str, overridden: Collection[str]) ->
     """One line for the first thing that is wrong, and how many more there are."""
     by_key: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors():
-        # A union reports every branch, under the key and the name of the branch.
-        by_key.setdefault(".".join(str(part) for part in detail["loc"][:2]), []).append(detail)
+        by_key.setdefault(_key(detail["loc"]), []).append(detail)
     key, details = next(iter(by_key.items()))
     more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
     what, fix = _finding(key, details)
-    return ConfigProblem(what + more, where="command line" if key in overridden else where, fix=fix)
+    said_there = key.partition("[")[0] in overridden
+    return ConfigProblem(what + more, where="command line" if said_there else where, fix=fix)
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """table.name, or table.name[n].name in a list of tables.
+
+    A union reports every branch, under the key and the name of the branch; a tuple, the place in it.
+    """
+    key = ".".join(str(part) for part in loc[:2])
+    return f"{key}[{loc[2]}].{loc[3]}" if len(loc) > 3 and isinstance(loc[2], int) else key
+
+
+def _fields(table: str) -> dict[str, FieldInfo]:
+    """The keys of a table, or of `table.name[n]`, an entry of a list of tables."""
+    section, _, name = table.partition("[")[0].partition(".")
+    fields = _sections()[section].model_fields
+    return get_args(fields[name].annotation)[0].model_fields if name else fields
 
 
 def _finding(key: str, details: list[ErrorDetails]) -> tuple[str, str]:
     """What is wrong with `key`, and the fix."""
     first = details[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'", _unknown_fix(key) if "." in key else _unknown_table_fix(key)
+        table, _, name = key.rpartition(".")
+        if "[" in key:
+            return f"unknown key '{key}'", did_you_mean(name, _fields(table))
+        return f"unknown key '{key}'", _unknown_fix(key) if table else _unknown_table_fix(key)
     if first["type"] == "value_error":  # raised by a validator above, with its fix
         what, fix = first["ctx"]["error"].args
         return what, fix
     if "." not in key:
         return f"{key} must be a table, not {shown(first['input'])}", f"write [{key}] above its keys"
     expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
-    table, _, name = key.partition(".")
-    annotation = _sections()[table].model_fields[name].annotation
-    value, fix = first["input"], f"{key} is: {_sections()[table].model_fields[name].description}"
+    if first["type"] == "missing" and "[" in key:
+        return f"{key} is missing", f"state {key.rpartition('.')[2]} in each of these tables"
+    table, _, name = key.rpartition(".")
+    field = _fields(table)[name]
+    annotation = field.annotation
+    value, fix = first["input"], f"{key} is: {field.description}"
     if (
         isinstance(value, str)
         and annotation is not str
@@ -252,6 +275,8 @@ def _expectation(detail: ErrorDetails) -> str:
     """Completes "must be ..." from pydantic's sentence."""
     if detail["type"] == "string_pattern_mismatch":
         return "letters, digits, '.', '_' or '-', not beginning with one of the last three"
+    if detail["type"] == "model_type":
+        return "a list of tables"
     if detail["type"] == "missing":  # of a list
         return "a longer list"
     for begin in ("Input should be ", "String should have ", "Tuple should have "):

@@ -299,15 +299,89 @@ class ModelSection(Section):
         return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
+class SourceSection(Section):
+    """One of the data sets of a mixture. All have the same tokenizer; validation is the first one's."""
+
+    path: str = Field(min_length=1, description="folder that `bigtfm prepare` wrote")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="share of the training sequences, relative to the other sources' weights; kept at every "
+        "step within one sequence",
+    )
+    max_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="passes over this source at most; then the others fill its place; unset: no limit",
+    )
+
+
 class DataSection(Section):
     """Where the tokens come from."""
 
     path: str = Field(
         default="data/quickstart", min_length=1, description="folder that `bigtfm prepare` wrote"
     )
+    sources: tuple[SourceSection, ...] = Field(
+        default=(),
+        strict=False,
+        description="several such folders instead, mixed by weight: [[data.sources]] tables, or on the "
+        'command line data.sources=\'[{path = "data/a", weight = 0.7}, {path = "data/b", weight = 0.3}]\'',
+    )
+    stream: str | None = Field(
+        default=None,
+        description="training text that is read and tokenized while training: hf:NAME[@CONFIG][:SPLIT], a "
+        "data set of the Hugging Face hub or a local folder; `path` still gives tokenizer and validation; "
+        "unset: the training split of `path`",
+    )
+    text_column: str = Field(default="text", min_length=1, description="column of the text in `stream`")
     seq_len: int | None = Field(
         default=None, ge=1, description="tokens in a training sequence; unset: model.max_seq_len"
     )
+    packing: Literal["windows", "best_fit"] = Field(
+        default="windows",
+        description="how documents become training sequences: windows (cut from one stream of documents) or "
+        "best_fit (whole documents put together so that few are cut; needs `bigtfm pack`)",
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="processes per rank that make batches ahead of training; 0: a thread does",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSection:
+        if self.sources and "path" in self.model_fields_set:
+            raise ValueError("data.path and data.sources both say what to read", "keep one of them")
+        paths = [source.path for source in self.sources]
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            raise ValueError(
+                f"data.sources has {twice} twice", "name it once, with the sum of the two weights"
+            )
+        if self.stream is not None and not (self.stream.startswith("hf:") and len(self.stream) > 3):
+            raise ValueError(
+                f"data.stream {self.stream} can't be streamed",
+                "write hf:NAME[@CONFIG][:SPLIT], or `bigtfm prepare` the text",
+            )
+        if self.stream and self.sources:
+            raise ValueError("data.stream and data.sources both say what to train on", "keep one of them")
+        if self.stream and self.packing == "best_fit":
+            raise ValueError(
+                "data.packing best_fit needs the length of every document, and a stream's are not known",
+                "set data.packing to windows, or prepare the text and leave data.stream out",
+            )
+        if self.stream is None and self.text_column != "text":
+            raise ValueError(
+                "data.text_column does nothing without data.stream",
+                "leave it out; `bigtfm prepare` has --text-column",
+            )
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Folders of the prepared data sets; the first one's validation split is evaluated on."""
+        return tuple(source.path for source in self.sources) or (self.path,)
 
 
 Objective = Literal["causal_lm", "masked_lm", "span_corruption", "infilling"]
@@ -427,6 +501,16 @@ class SaveSection(Section):
         ge=1,
         description="how many of the newest checkpoints to keep; the best one is kept besides",
     )
+    keep_every: int = Field(
+        default=0,
+        ge=0,
+        description="keep every checkpoint whose step is a multiple of this, too; 0: none",
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description="write checkpoints while training goes on: it waits only for the copy to host memory, "
+        "which takes as much of it as a checkpoint's shard; false: it waits for the disk",
+    )
 
 
 class TrackSection(Section):
@@ -446,9 +530,10 @@ class TrackSection(Section):
 class ResumeSection(Section):
     """What may change when a run directory is resumed."""
 
-    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective", "recipe"], ...] = Field(
+    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective", "recipe", "probe"], ...] = Field(
         default=(),
         strict=False,
-        description="changes to accept when resuming: data, model, tokenizer, seed, objective, or recipe "
-        "(the DeepSpeed JSON's optimizer, scheduler, clipping and global batch)",
+        description="changes to accept when resuming: data, model, tokenizer, seed, objective, recipe "
+        "(the DeepSpeed JSON's optimizer, scheduler, clipping and global batch), or probe (the checkpoint's "
+        "probe batch has another loss than when it was saved)",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from math import isqrt
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,26 @@ MAX_SIZE = 2**62
 ROUNDS = 16  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); 16 choose evenly also for size 6
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 / golden ratio, odd
 ROUND_STEPS = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOLDEN)
+
+
+class Pieces(NamedTuple):
+    """What consecutive samples are made of: P runs of consecutive tokens of one stream, sample by sample.
+
+    A sample has one piece at least. Pieces of one sample follow each other in it without a gap; attention
+    never crosses from one to the next.
+    """
+
+    ids: NDArray[np.int64]  # [count], what each sample is: the digest covers them
+    samples: NDArray[np.int64]  # [P], which of the count samples a piece belongs to, in order
+    starts: NDArray[np.int64]  # [P], first position in the stream
+    stops: NDArray[np.int64]  # [P], the position behind the last one
+
+
+class Order(Protocol):
+    """Which samples a run takes, by their numbers from 0 on. A function: nothing is drawn or remembered."""
+
+    def pieces(self, first: int, count: int) -> Pieces:
+        """The samples first .. first + count - 1."""
 
 
 def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -79,6 +79,16 @@ def test_overrides(override: str, key: str, value: object) -> None:
         ("dropout=nan", ["finite"]),
         ("run.name=../x", ["run.name must be letters"]),
         ("allow=weights", ["resume.allow must be 'data'"]),
+        ('sources=[{path="a", wieght=1}]', ["unknown key 'data.sources[0].wieght'", "'weight'"]),
+        ("sources=[{weight=1}]", ["data.sources[0].path is missing"]),
+        (
+            'sources=[{path="a"}, {path="b", weight=-1.0}]',
+            ["data.sources[1].weight", "greater than 0, not -1"],
+        ),
+        ("sources=a,b", ["data.sources must be a list of tables"]),
+        ('sources=[{path="a"}, {path="a"}]', ["data.sources has a twice"]),
+        ("stream=wiki", ["data.stream wiki can't be streamed", "hf:NAME"]),
+        ("text_column=body", ["does nothing without data.stream"]),
     ],
 )
 def test_one_line_a_mistake_on_the_command_line(override: str, fragments: list[str]) -> None:
