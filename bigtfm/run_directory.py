@@ -83,7 +83,7 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
         NoCheckpoint: there is none.
     """
     source = Path(job.run.run.init_from or "")
-    found = checkpoint.newest_for_all(source / "checkpoints", ranks)
+    found = checkpoint.newest(source / "checkpoints", ranks)
     if found is None:
         raise NoCheckpoint(
             "run.init_from has no checkpoint",

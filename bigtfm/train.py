@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from bigtfm.data.objectives import make_objective
 from bigtfm.data.order import digest
 from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
-from bigtfm.engine.checkpoint import Progress
+from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.distributed import Ranks
+from bigtfm.engine.probe import Probe, require_same
+from bigtfm.engine.saver import Saver
 from bigtfm.evaluate import require_labels, validation_loss
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
@@ -48,11 +51,12 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
     if validation is not None:
         require_labels(validation, run.eval.tokens)
-    progress = resume(job, engine, ranks)
+    progress, probe = resume(job, engine, ranks, loader)
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
             lay_out(job)
     recorder = Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else None
+    saver = make_saver(job, engine, ranks, probe)
 
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     try:
@@ -61,9 +65,19 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
             first = progress.samples + ranks.rank * micro_batch
             stride = ranks.world_size * micro_batch
             batches = [loader.batch(first + turn * stride, micro_batch) for turn in range(accumulation)]
-            labels, stop_asked = ranks.sum([sum(batch.num_labels for batch in batches), stop.signal])
+            labels, positions, stop_asked, save_failed = ranks.sum(
+                [
+                    sum(batch.num_labels for batch in batches),
+                    sum(len(batch.input_ids) for batch in batches),
+                    stop.signal,
+                    saver.failed,
+                ]
+            )
+            if save_failed:
+                saver.wait()
             if stop_asked:
-                save(job, engine, progress, ranks)
+                saver.save(progress)
+                saver.wait()
                 raise RequeueRequested(
                     f"saved at step {progress.step} and stopped by a signal",
                     where=str(run.run_dir),
@@ -85,7 +99,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
 
             progress.step += 1
             progress.samples += stride * accumulation
-            progress.tokens += stride * accumulation * run.seq_len
+            progress.tokens += int(positions)
             total_loss = ranks.sum([float(loss_sum)])[0]
             grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
             require_finite(progress.step, total_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
@@ -102,12 +116,14 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
                 samples = loader.windows(progress.samples - stride * accumulation, stride * accumulation)
                 recorder.step(row, progress.tokens, seconds, digest(samples), improved=improved)
             if last or improved or due(run.save.every, progress.step):
-                save(job, engine, progress, ranks)
-        last_checkpoint = finish(job, engine, progress, ranks)
+                saver.save(progress)
+        last_checkpoint = finish(job, engine, progress, saver, ranks)
     except BaseException as error:
         if recorder is not None:
             recorder.close("KILLED" if isinstance(error, RequeueRequested) else "FAILED")
         raise
+    finally:
+        saver.close()
     if recorder is not None:
         recorder.summary(progress, last_checkpoint)
     if own_ranks:
@@ -136,22 +152,56 @@ def batches_of(job: Job, split: str) -> Loader:
     )
 
 
-def resume(job: Job, engine: Any, ranks: Ranks) -> Progress:
+def resume(job: Job, engine: Any, ranks: Ranks, loader: Loader) -> tuple[Progress, Probe | None]:
     """Fills the engine from the newest checkpoint of the run directory, if there is one.
 
     A fresh run begins with its initial weights, or with another's (run.init_from).
+
+    Raises:
+        ConfigProblem: something that decides the curve has changed.
+        NoCheckpoint: none verifies, or the loss of the checkpoint's probe is not what it was.
     """
     now = identity(job)
-    found = checkpoint.newest_for_all(job.checkpoints, ranks)
+    found = checkpoint.newest(job.checkpoints, ranks)
     if found is None:
         if job.run.run.init_from is not None:
             checkpoint.start_from(starting_point(job, now, ranks), engine)
-        return Progress(identity=now)
-    saved = checkpoint.read_state(found)["progress"]["identity"]
-    refuse_changes(saved, now, job.run.resume.allow, job.run.run_dir)
+        progress = Progress(identity=now)
+        return progress, fresh_probe(job, loader, progress, ranks)
+    state = checkpoint.read_state(found)
+    allow, before = job.run.resume.allow, state["progress"]["identity"]
+    refuse_changes(before, now, allow, job.run.run_dir)
     progress = checkpoint.load(found, engine)
     progress.identity = now
-    return progress
+    same_mathematics = all(before[part] == now[part] for part in ("model", "objective"))
+    if state.get("probe") is None or not same_mathematics:
+        return progress, fresh_probe(job, loader, progress, ranks)
+    probe = Probe.from_json(state["probe"], setting_of(job, ranks))
+    if "probe" not in allow:
+        loss = ranks.from_first(probe.loss(engine, ranks.device))
+        changed = partial(checkpoint.changed_tensors, found, engine, ranks)
+        require_same(state["probe"], probe, loss, changed, where=str(found))
+    return progress, probe
+
+
+def fresh_probe(job: Job, loader: Loader, progress: Progress, ranks: Ranks) -> Probe | None:
+    """The first of the next samples that has something to predict; None when 64 have nothing."""
+    for sample in range(progress.samples, progress.samples + 64):
+        batch = loader.batch(sample, 1)
+        if batch.num_labels:
+            return Probe(batch.model_inputs(), setting_of(job, ranks))
+    return None
+
+
+def setting_of(job: Job, ranks: Ranks) -> dict[str, str]:
+    """What may move a loss beyond rounding in the last digits, besides the weights."""
+    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    return {
+        "precision": job.resolved.precision,
+        "attention": job.attention.name,
+        "device": ranks.device_name,
+        **versions,
+    }
 
 
 def due(every: int, step: int) -> bool:
@@ -175,14 +225,14 @@ def note_evaluation(engine: Any, progress: Progress, val_loss: float, min_delta:
     return improved
 
 
-def save(job: Job, engine: Any, progress: Progress, ranks: Ranks) -> None:
-    """A checkpoint of this step; then the old ones that nobody needs go."""
-    checkpoint.save(job.checkpoints, engine, progress, ranks)
-    if ranks.rank == 0:
-        checkpoint.prune(job.checkpoints, job.run.save.keep, progress.best_step)
+def make_saver(job: Job, engine: Any, ranks: Ranks, probe: Probe | None) -> Saver:
+    """What writes this run's checkpoints."""
+    options = job.run.save
+    retention = Retention(options.keep, options.keep_every)
+    return Saver(job.checkpoints, engine, ranks, probe, retention, asynchronous=options.asynchronous)
 
 
-def finish(job: Job, engine: Any, progress: Progress, ranks: Ranks) -> Path:
+def finish(job: Job, engine: Any, progress: Progress, saver: Saver, ranks: Ranks) -> Path:
     """The last checkpoint, verified, of weights that are all finite.
 
     Raises:
@@ -199,10 +249,12 @@ def finish(job: Job, engine: Any, progress: Progress, ranks: Ranks) -> Path:
                 where=f"step {progress.step}",
                 fix="start the same command again: it resumes from the last checkpoint, which is finite",
             )
-    path = job.checkpoints / f"step-{progress.step:08d}"
-    if not path.exists():  # an early stop
-        save(job, engine, progress, ranks)
-    if checkpoint.newest_for_all(job.checkpoints, ranks) != path:
+    saver.wait()
+    path = checkpoint.folder_of(job.checkpoints, progress.step)
+    if not ranks.from_first(path.exists()):  # an early stop
+        saver.save(progress)
+        saver.wait()
+    if checkpoint.newest(job.checkpoints, ranks) != path:
         raise NoCheckpoint(
             "the last checkpoint does not verify", where=str(path), fix="check the disk, then resume"
         )

@@ -8,7 +8,7 @@
 
 A save goes to a temporary directory, is flushed to the disk, and is renamed when whole. A checkpoint counts
 when its manifest verifies; no pointer file can go stale, and nothing is unpickled. Any ZeRO stage and any
-world size loads it.
+world size loads it. bigtfm/engine/saver.py writes them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import math
 import os
 import shutil
 import stat
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from bigtfm.config.problems import NoCheckpoint
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
 
 FORMAT = 1
+READ_ELEMENTS = 2**24  # read at once into memory that is not the file's own kind
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
@@ -49,51 +50,25 @@ class Progress:
     best_loss: float | None = None  # validation, nats a token
     best_step: int | None = None
     stale_evaluations: int = 0  # since the best one
+    stream: dict[str, Any] | None = None  # where a streamed source stands (bigtfm/data/streaming.py)
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change under a run
 
 
-def save(root: Path, engine: Any, progress: Progress, ranks: Ranks) -> Path:
-    """Writes `root`/step-NNNNNNNN on all ranks together and returns it.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep`, those of every `keep_every` steps, and the best."""
 
-    Raises:
-        StorageProblem: on every rank, when any rank could not write; earlier checkpoints are untouched.
-    """
-    final = root / f"step-{progress.step:08d}"
-    building = root / f".building-{final.name}"
-    with ranks.together(f"writing {final}"):
-        if ranks.rank == 0:
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-    mine: dict[str, Any] = {}
-    with ranks.together(f"writing {final}"):
-        mine = _write_shard(building, engine, ranks)
-    gathered = ranks.gather(mine)
-    with ranks.together(f"writing {final}"):
-        if ranks.rank == 0:
-            finish(building, final, gathered, _state(engine, progress))
-    return final
+    keep: int
+    keep_every: int = 0  # 0: none for that reason
 
 
-def _write_shard(folder: Path, engine: Any, ranks: Ranks) -> dict[str, Any]:
-    """This rank's tensors as one file; returns its manifest row and index entries."""
-    if engine.zero_optimization_stage() == 0 and ranks.rank != 0:
-        return {"files": {}, "parameters": {}}  # replicas: rank 0's are enough
-    name, tensors, parameters = f"shard-{ranks.rank:05d}.safetensors", {}, {}
-    for fragment in fragments.owned_fragments(engine):
-        moments = fragments.moments(engine, fragment)
-        for key, view in moments.items():
-            tensors[f"{fragment.name}|{key}"] = view.to("cpu", torch.float32, copy=True)
-        parameters[fragment.name] = {
-            "shape": fragment.shape,
-            "fragment": {"file": name, "start": fragment.start, "numel": fragment.numel},
-            "keys": sorted(moments),
-            "updates": fragments.update_count(engine, fragment),
-        }
-    save_file(tensors, folder / name)
-    return {"files": {name: flush_and_hash(folder / name)}, "parameters": parameters}
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return root / f"step-{step:08d}"
 
 
-def _state(engine: Any, progress: Progress) -> dict[str, Any]:
+def state_of(engine: Any, progress: Progress) -> dict[str, Any]:
+    """What state.json says beside the probe: all of a training that is no tensor."""
     groups = fragments.base_optimizer(engine).param_groups
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return {
@@ -151,9 +126,11 @@ def _flush_directory(path: Path) -> None:
         os.close(handle)
 
 
-def defect(checkpoint: Path) -> str | None:
+def defect(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a checkpoint directory; None when every file is there with its SHA-256, and every
     element of every parameter in one of them.
+
+    share: (i, n) reads only every n-th file in full, from the i-th on: n ranks verify it together.
     """
     reading = "manifest.json"
     try:
@@ -161,8 +138,8 @@ def defect(checkpoint: Path) -> str | None:
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
         files = manifest["files"]
-        for name, expected in files.items():
-            if problem := _file_defect(checkpoint, name, expected):
+        for number, (name, expected) in enumerate(files.items()):
+            if problem := _file_defect(checkpoint, name, expected, hashed=number % share[1] == share[0]):
                 return problem
         for name in ("index.json", "state.json"):
             if name not in files:
@@ -193,13 +170,15 @@ def _size(path: Path) -> int:
     return status.st_size
 
 
-def _file_defect(checkpoint: Path, name: str, expected: dict[str, Any]) -> str | None:
-    """A file of the manifest, compared with its size and SHA-256."""
+def _file_defect(checkpoint: Path, name: str, expected: dict[str, Any], hashed: bool) -> str | None:
+    """A file of the manifest, compared with its size and, where it is `hashed`, its SHA-256."""
     path = checkpoint / name
     if path.parent != checkpoint:
         return f"{name} is not a plain file name"
     if _size(path) != expected["bytes"]:
         return f"{name} has {_size(path)} bytes instead of {expected['bytes']}"
+    if not hashed:
+        return None
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
             return f"{name} differs from its SHA-256"
@@ -221,16 +200,24 @@ def _index_defect(index: dict[str, Any], files: dict[str, Any]) -> str | None:
     return None
 
 
-def newest(root: Path) -> Path | None:
+def newest(root: Path, ranks: Ranks | None = None) -> Path | None:
     """The newest checkpoint that verifies; None when there is none at all.
+
+    ranks: all of them look together, each at its share of the files, and find the same.
 
     Raises:
         NoCheckpoint: there are checkpoints and every one is damaged.
     """
-    found = sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
+    found, share = [], (0, 1)
+    with ranks.together(f"looking into {root}") if ranks is not None else nullcontext():
+        if ranks is None or ranks.rank == 0:
+            found = sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
+    if ranks is not None:
+        found, share = ranks.from_first(found), (ranks.rank, ranks.world_size)
     defects = []
     for checkpoint in found:
-        problem = defect(checkpoint)
+        mine = defect(checkpoint, share)
+        problem = next(filter(None, ranks.gather(mine)), None) if ranks is not None else mine
         if problem is None:
             return checkpoint
         defects.append(f"{checkpoint.name}: {problem}")
@@ -241,15 +228,6 @@ def newest(root: Path) -> Path | None:
             fix="restore one of these folders from a backup, or start anew with another run.name",
         )
     return None
-
-
-def newest_for_all(root: Path, ranks: Ranks) -> Path | None:
-    """`newest`, looked for by rank 0 and told to the others."""
-    found: Path | None = None
-    with ranks.together("looking for the newest checkpoint"):
-        if ranks.rank == 0:
-            found = newest(root)
-    return ranks.from_first(found)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -315,20 +293,49 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
             parameter.copy_(whole.view(parameter.shape))
 
 
+def checksum(values: torch.Tensor, start: int) -> int:
+    """Sum of each element's bits times an odd number of its own, modulo 2^64.
+
+    values: fp32 [n] on the host, elements start .. start + n of a parameter. The checksum of a parameter is
+    the sum of its fragments', wherever it is cut: it needs no more than each rank's own elements.
+    """
+    total, size = 0, 2**20  # in pieces, since 64-bit copies of everything would double the memory
+    odd = torch.arange(min(size, values.numel())) * 2 + 1
+    for first in range(0, values.numel(), size):
+        bits = values[first : first + size].view(torch.int32).to(torch.int64)
+        total += int((bits * (odd[: len(bits)] + 2 * (start + first))).sum())
+    return total % 2**64
+
+
+def changed_tensors(checkpoint: Path, engine: Any, ranks: Ranks) -> list[str]:
+    """Parameters whose fp32 weights in the engine are not those that were saved, by their checksums."""
+    mine: dict[str, int] = {}
+    for fragment in fragments.owned_fragments(engine):
+        values = fragment.view(fragment.flat).to("cpu", torch.float32)
+        mine[fragment.name] = mine.get(fragment.name, 0) + checksum(values, fragment.start)
+    parts = ranks.gather(mine) if engine.zero_optimization() else [mine]
+    changed = []
+    for name, entry in read_index(checkpoint).items():
+        sums = [fragment.get("checksum") for fragment in entry["fragments"]]
+        if None not in sums and (sum(sums) - sum(part.get(name, 0) for part in parts)) % 2**64:
+            changed.append(name)
+    return changed
+
+
 class Shards:
-    """Reads runs of elements out of a checkpoint's shards, opened when first needed."""
+    """Reads runs of elements out of a checkpoint's shards, straight into where they belong."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._folder = checkpoint
-        self._index = _read_json(checkpoint / "index.json")
-        self._open: dict[str, Any] = {}
+        self._index = read_index(checkpoint)
+        self._open: dict[str, tuple[BufferedReader, dict[str, Any]]] = {}  # file and where its tensors begin
 
     def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.__exit__(None, None, None)
+        for file, _starts in self._open.values():
+            file.close()
 
     def require_all_used(self, model: nn.Module) -> None:
         """Raises NoCheckpoint when the checkpoint has a parameter that the model lacks."""
@@ -362,25 +369,60 @@ class Shards:
             low, high = max(start, part["start"]), min(stop, part["start"] + part["numel"])
             if low < high:
                 try:
-                    file = self._open.get(part["file"]) or self._open_shard(part["file"])
-                    values = file.get_slice(f"{name}|{key}")[low - part["start"] : high - part["start"]]
-                    target[low - start : high - start].copy_(values)
-                except (OSError, SafetensorError, RuntimeError) as error:
+                    self._read(
+                        part["file"], f"{name}|{key}", low - part["start"], target[low - start : high - start]
+                    )
+                except (OSError, KeyError, ValueError) as error:
                     raise NoCheckpoint(
                         f"{part['file']} does not hold {name}|{key} as index.json says: {error}",
                         where=str(self._folder),
                         fix="remove this folder: the next start resumes from an earlier one",
                     ) from None
 
-    def _open_shard(self, name: str) -> Any:
-        self._open[name] = safe_open(self._folder / name, framework="pt").__enter__()
-        return self._open[name]
+    def _read(self, name: str, tensor: str, first: int, target: torch.Tensor) -> None:
+        """Elements `first` .. of a tensor of a shard. Mapped files would count as this process's memory."""
+        if name not in self._open:
+            self._open[name] = _open_shard(self._folder / name)
+        file, header = self._open[name]
+        entry = header[tensor]
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] != "F32" or (end - begin) < 4 * (first + target.numel()):
+            raise ValueError(f"it has {entry['dtype']} in {end - begin} bytes")
+        file.seek(header["data"] + begin + 4 * first)
+        for piece in target.split(READ_ELEMENTS):
+            in_place = piece.device.type == "cpu" and piece.dtype == torch.float32
+            values = piece if in_place else torch.empty(len(piece))
+            if file.readinto(values.numpy().data.cast("B")) != 4 * len(values):
+                raise ValueError("it is too short")
+            if not in_place:
+                piece.copy_(values)
 
 
-def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints and the best one, and what a killed save left behind."""
+def _open_shard(path: Path) -> tuple[BufferedReader, dict[str, Any]]:
+    """A safetensors file and its header, with "data": where the values begin."""
+    file = path.open("rb")
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _size(path):
+            raise ValueError("no header")
+        header: dict[str, Any] = json.loads(file.read(length))
+        return file, header | {"data": 8 + length}
+    except BaseException:
+        file.close()
+        raise
+
+
+def prune(root: Path, retention: Retention, best_step: int | None) -> None:
+    """Deletes the checkpoints that nobody wants to keep, and what a killed save left behind."""
     # By time: after a resume from an earlier step, a later one that was damaged is not the newest.
-    kept = sorted(root.glob("step-*"), key=lambda path: (path.stat().st_mtime_ns, path.name))[-keep:]
-    for path in [*root.glob("step-*"), *root.glob(".building-*")]:
-        if path not in kept and path.name != f"step-{best_step or 0:08d}":
+    found = sorted(root.glob("step-*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    kept = {path.name for path in found[-retention.keep :]}
+    kept.add(folder_of(root, best_step or 0).name)
+    for path in [*found, *root.glob(".building-*")]:
+        if path.name not in kept and not _kept_for_good(path, retention.keep_every):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _kept_for_good(path: Path, every: int) -> bool:
+    step = path.name.removeprefix("step-")
+    return every > 0 and step.isdecimal() and int(step) % every == 0

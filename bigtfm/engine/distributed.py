@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,12 @@ class Ranks:
     launch: Launch
     device: torch.device
     control: torch.distributed.ProcessGroup
+    second: torch.distributed.ProcessGroup  # of one other thread
+
+    @property
+    def aside(self) -> Ranks:
+        """The same ranks for a second thread, whose collectives do not mix with the loop's."""
+        return replace(self, control=self.second)
 
     @property
     def rank(self) -> int:
@@ -112,8 +118,8 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
         _require_device(accelerator.device_count(), launch)
         accelerator.set_device(launch.local_rank)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
-    control = torch.distributed.new_group(backend="gloo", timeout=timeout)
-    return Ranks(launch, torch.device(accelerator.current_device_name()), control)
+    control, second = (torch.distributed.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return Ranks(launch, torch.device(accelerator.current_device_name()), control, second)
 
 
 def _require_device(count: int, launch: Launch) -> None:

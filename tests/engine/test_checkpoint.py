@@ -115,7 +115,7 @@ def test_pruning_keeps_the_newest_and_the_best_and_clears_killed_saves(tmp_path:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".building-step-00000005")
-    checkpoint.prune(tmp_path, keep=2, best_step=1)
+    checkpoint.prune(tmp_path, checkpoint.Retention(keep=2), best_step=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-00000001",
         "step-00000003",

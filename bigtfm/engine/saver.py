@@ -1,0 +1,202 @@
+"""Saving while training goes on: it waits for a copy in host memory, and a thread writes that to the disk."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bigtfm.engine import checkpoint, fragments
+from bigtfm.engine.checkpoint import Progress, Retention
+from bigtfm.engine.fragments import Fragment
+from bigtfm.engine.probe import Probe
+
+if TYPE_CHECKING:
+    from bigtfm.engine.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fragment's weights or one of its moments stand in the shard, in elements."""
+
+    key: str
+    first: int
+    numel: int
+
+
+class Saver:
+    """Writes checkpoints of an engine below `root`, one at a time.
+
+    `save` copies what this rank keeps into a buffer on the host that is laid out as the shard's file, and
+    returns. A thread hashes, writes and flushes the buffer, and meets the other ranks' threads over a process
+    group of their own. The buffer, as large as the shard, is kept for the next save.
+
+    probe: computed again at every save; None: the checkpoints have none.
+    asynchronous: False makes `save` return when the checkpoint is on the disk.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        engine: Any,
+        ranks: Ranks,
+        probe: Probe | None,
+        retention: Retention,
+        *,
+        asynchronous: bool = True,
+    ) -> None:
+        self._root, self._engine, self._ranks, self._aside = root, engine, ranks, ranks.aside
+        self._probe, self._retention, self._asynchronous = probe, retention, asynchronous
+        self._buffer = torch.empty(0)
+        self._layout: dict[str, list[Place]] = {}  # by parameter name; what this rank writes
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed that nobody has waited for yet; `wait` raises why, on every rank."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Returns when no save is in flight.
+
+        Raises:
+            StorageProblem: on every rank, when any rank could not write; earlier checkpoints are untouched.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def save(self, progress: Progress) -> None:
+        """A checkpoint of this step, by all ranks together; waits for the one before it.
+
+        Raises:
+            StorageProblem: as `wait`.
+        """
+        self.wait()
+        state = checkpoint.state_of(self._engine, progress)
+        if self._probe is not None:
+            state["probe"] = self._probe.with_loss(self._engine, self._ranks.device)
+        entries = self._copy()
+        self._writing = self._writer.submit(self._write, copy.deepcopy(state), entries)
+        if not self._asynchronous:
+            self.wait()
+
+    def close(self) -> None:
+        """Lets a save in flight end, whatever became of it."""
+        self._writer.shutdown(wait=True)
+
+    def _copy(self) -> dict[str, Any]:
+        """Copies this rank's shard into the buffer; returns its entries of the index."""
+        entries: dict[str, Any] = {}
+        for fragment in self._mine():
+            views = fragments.moments(self._engine, fragment)
+            places = self._layout.get(fragment.name, [])
+            if [(place.key, place.numel) for place in places] != [(k, v.numel()) for k, v in views.items()]:
+                self._lay_out()  # the first save, or the first one with moments
+                return self._copy()
+            for place, view in zip(places, views.values(), strict=True):
+                self._buffer[place.first : place.first + place.numel].copy_(view, non_blocking=True)
+            entries[fragment.name] = {
+                "shape": fragment.shape,
+                "fragment": {"file": self._file, "start": fragment.start, "numel": fragment.numel},
+                "keys": sorted(views),
+                "updates": fragments.update_count(self._engine, fragment),
+            }
+        if self._ranks.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return entries
+
+    def _lay_out(self) -> None:
+        """Gives every tensor its place, and makes a buffer for all of them."""
+        self._layout, end = {}, 0
+        for fragment in self._mine():
+            places = self._layout.setdefault(fragment.name, [])
+            for key, view in fragments.moments(self._engine, fragment).items():
+                places.append(Place(key, end, view.numel()))
+                end += view.numel()
+        self._unpin()
+        self._buffer = torch.empty(end)
+        if (
+            self._ranks.device.type == "cuda" and end
+        ):  # pinned as it is: torch would round up to a power of two
+            torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), 4 * end, 0)
+
+    def _unpin(self) -> None:
+        if self._ranks.device.type == "cuda" and self._buffer.numel():
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+
+    def _mine(self) -> Iterator[Fragment]:
+        """The fragments that this rank writes: those it owns; at stage 0, where all own all, its share."""
+        if self._engine.zero_optimization():
+            yield from fragments.owned_fragments(self._engine)
+            return
+        total = sum(parameter.numel() for parameter in self._engine.module.parameters())
+        seen = 0
+        for fragment in fragments.owned_fragments(self._engine):
+            if seen * self._ranks.world_size // total == self._ranks.rank:
+                yield fragment
+            seen += fragment.numel
+
+    @property
+    def _file(self) -> str:
+        return f"shard-{self._ranks.rank:05d}.safetensors"
+
+    def _write(self, state: dict[str, Any], entries: dict[str, Any]) -> None:
+        """What the thread does. Its ranks' collectives are its own."""
+        progress, ranks = state["progress"], self._aside
+        final = checkpoint.folder_of(self._root, progress["step"])
+        building = self._root / f".building-{final.name}"
+        with ranks.together(f"writing {final}"):
+            if ranks.rank == 0:
+                shutil.rmtree(building, ignore_errors=True)
+        files: dict[str, Any] = {}
+        with ranks.together(f"writing {final}"):
+            building.mkdir(parents=True, exist_ok=True)
+            if entries:
+                files[self._file] = self._write_shard(building / self._file)
+                for name, entry in entries.items():
+                    weights = next(place for place in self._layout[name] if place.key == "fp32")
+                    values = self._buffer[weights.first : weights.first + weights.numel]
+                    entry["fragment"]["checksum"] = checkpoint.checksum(values, entry["fragment"]["start"])
+        gathered = ranks.gather({"files": files, "parameters": entries})
+        with ranks.together(f"writing {final}"):
+            if ranks.rank == 0:
+                checkpoint.finish(building, final, gathered, state)
+                checkpoint.prune(self._root, self._retention, progress["best_step"])
+
+    def _write_shard(self, path: Path) -> dict[str, Any]:
+        """The buffer as a safetensors file; returns its row of the manifest.
+
+        The hash is of what was meant to be written, so that a disk that keeps something else is found out.
+        """
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, places in self._layout.items():
+            for place in places:
+                ends = [4 * place.first, 4 * (place.first + place.numel)]
+                header[f"{name}|{place.key}"] = {
+                    "dtype": "F32",
+                    "shape": [place.numel],
+                    "data_offsets": ends,
+                }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        sha256, size = hashlib.sha256(), 0
+        with path.open("wb", buffering=0) as file:
+            for part in (len(text).to_bytes(8, "little"), text, self._buffer.numpy().data.cast("B")):
+                sha256.update(part)
+                written = 0
+                while written < len(part):  # Linux writes at most 2 GiB at once
+                    written += file.write(part[written:])
+                size += len(part)
+            os.fsync(file.fileno())
+        return {"bytes": size, "sha256": sha256.hexdigest()}
