@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
@@ -19,6 +21,7 @@ from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint
 from bigtfm.engine.distributed import Ranks
+from bigtfm.engine.probe import Probe, require_same
 from bigtfm.evaluate import unigram_bits_per_byte
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
@@ -230,4 +233,19 @@ def open_run(run_dir: Path) -> tuple[LanguageModel, Tokenizer, SpecialIds]:
     tokenizer = saved.tokenizer or load_tokenizer(run_dir / "tokenizer")  # says that there is none
     special = special_ids(tokenizer, saved.run)
     checkpoint.load_weights(saved.checkpoint, model)
+    _require_probe(saved.checkpoint, model)
     return model.eval(), tokenizer, special
+
+
+def _require_probe(found: Path, model: LanguageModel) -> None:
+    """Raises NoCheckpoint when the model does not have the loss that the checkpoint keeps."""
+    kept = checkpoint.read_state(found).get("probe")
+    if kept is None:  # imported weights
+        return
+    probe = Probe.from_json(kept, {"precision": "fp32", "device": "cpu", "torch": version("torch")})
+
+    def changed() -> list[str]:
+        sums = {name: checkpoint.checksum(p.detach().view(-1), 0) for name, p in model.named_parameters()}
+        return checkpoint.changed_tensors(found, sums)
+
+    require_same(kept, probe, probe.loss(model, torch.device("cpu")), changed, where=str(found))

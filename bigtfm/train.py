@@ -179,8 +179,13 @@ def resume(job: Job, engine: Any, ranks: Ranks, loader: Loader) -> tuple[Progres
     probe = Probe.from_json(state["probe"], setting_of(job, ranks))
     if "probe" not in allow:
         loss = ranks.from_first(probe.loss(engine, ranks.device))
-        changed = partial(checkpoint.changed_tensors, found, engine, ranks)
-        require_same(state["probe"], probe, loss, changed, where=str(found))
+        require_same(
+            state["probe"],
+            probe,
+            loss,
+            lambda: checkpoint.changed_tensors(found, checkpoint.engine_checksums(engine, ranks)),
+            where=str(found),
+        )
     return progress, probe
 
 

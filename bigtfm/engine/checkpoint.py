@@ -307,17 +307,22 @@ def checksum(values: torch.Tensor, start: int) -> int:
     return total % 2**64
 
 
-def changed_tensors(checkpoint: Path, engine: Any, ranks: Ranks) -> list[str]:
-    """Parameters whose fp32 weights in the engine are not those that were saved, by their checksums."""
+def engine_checksums(engine: Any, ranks: Ranks) -> dict[str, int]:
+    """Checksum of each parameter's fp32 weights in the engine, put together from all ranks."""
     mine: dict[str, int] = {}
     for fragment in fragments.owned_fragments(engine):
         values = fragment.view(fragment.flat).to("cpu", torch.float32)
         mine[fragment.name] = mine.get(fragment.name, 0) + checksum(values, fragment.start)
     parts = ranks.gather(mine) if engine.zero_optimization() else [mine]
+    return {name: sum(part.get(name, 0) for part in parts) for name in set().union(*parts)}
+
+
+def changed_tensors(checkpoint: Path, checksums: dict[str, int]) -> list[str]:
+    """Parameters of a checkpoint whose weights do not have these checksums."""
     changed = []
     for name, entry in read_index(checkpoint).items():
-        sums = [fragment.get("checksum") for fragment in entry["fragments"]]
-        if None not in sums and (sum(sums) - sum(part.get(name, 0) for part in parts)) % 2**64:
+        saved = [fragment.get("checksum") for fragment in entry["fragments"]]
+        if None not in saved and (sum(saved) - checksums[name]) % 2**64:
             changed.append(name)
     return changed
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -121,3 +124,28 @@ def test_pruning_keeps_the_newest_and_the_best_and_clears_killed_saves(tmp_path:
         "step-00000003",
         "step-00000004",
     ]
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(0, 2**32 - 1))
+def test_a_checksum_does_not_depend_on_where_it_is_cut(cuts: list[int], seed: int) -> None:
+    values = torch.randn(40, generator=torch.Generator().manual_seed(seed))
+    edges = sorted({0, 40, *cuts})
+    parts = [checkpoint.checksum(values[a:b], a) for a, b in pairwise(edges)]
+    assert sum(parts) % 2**64 == checkpoint.checksum(values, 0)
+
+
+def test_a_checksum_sees_a_flipped_bit_and_a_swap() -> None:
+    values = torch.randn(2**20 + 3, generator=torch.Generator().manual_seed(0))  # over a piece's end
+    sound = checkpoint.checksum(values, 0)
+    values[[5, 2**20 + 1]] = values[[2**20 + 1, 5]]
+    swapped = checkpoint.checksum(values, 0)
+    values[2**20 + 2] = torch.nextafter(values[2**20 + 2], torch.tensor(9.0))
+    assert len({sound, swapped, checkpoint.checksum(values, 0)}) == 3
+
+
+def test_ranks_verify_their_share_of_the_files(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    shard = folder / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    found = [checkpoint.defect(folder, (rank, 3)) for rank in range(3)]
+    assert sorted(map(bool, found)) == [False, False, True]
