@@ -150,8 +150,8 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Non
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def swap_embedding_rows(tensors: dict[str, torch.Tensor]) -> None:
-    weights = next(tensors[name] for name in sorted(tensors) if name.endswith("embedding.weight|fp32"))
+def reverse_embedding(tensors: dict[str, torch.Tensor]) -> None:
+    weights = next(tensors[name] for name in sorted(tensors) if name.endswith("embed_tokens.weight|fp32"))
     weights.copy_(weights.flip(0))
 
 
@@ -172,18 +172,18 @@ def saved(tmp_path: Path, tiny_data: Path, deepspeed_json: Json) -> Callable[...
 def test_changed_weights_are_found_by_the_probe_and_named(
     stage: int, world_size: int, tmp_path: Path, saved: Callable[..., rank_runner.Finished]
 ) -> None:
-    change(tmp_path / "runs/run/checkpoints/step-00000002", swap_embedding_rows)
+    change(tmp_path / "runs/run/checkpoints/step-00000002", reverse_embedding)
     finished = saved(stage=stage, world_size=world_size)
     assert finished.codes == [76] * world_size, finished.output
     line = finished.output.strip().splitlines()[-1]
     assert "the probe batch has loss" in line
-    assert "embedding.weight" in line
+    assert "embed_tokens.weight" in line
     assert "mlp" not in line, "only what has changed is named"
     assert "resume.allow=probe" in line
     assert "Traceback" not in finished.output
     wrote = rank_runner.run(["generate", "--run", "runs/run", "--max-new-tokens", "1"], tmp_path)
     assert wrote.code == 76
-    assert "embedding.weight" in wrote.output
+    assert "embed_tokens.weight" in wrote.output
     assert saved("resume.allow=probe", stage=stage, world_size=world_size).codes == [0] * world_size
 
 
