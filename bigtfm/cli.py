@@ -370,6 +370,44 @@ def export_hf(
 
 
 @app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")],
+    run_b: Annotated[Path, typer.Argument(help="The run directory to compare it with.")],
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Largest relative difference of two numbers that count as equal; of gradient norms, 100 "
+            "times as much.",
+        ),
+    ] = 1e-5,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="PNG of both loss curves. Default: RUN_A/compare-<name of RUN_B>.png."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not tables.")] = False,
+) -> None:
+    """Say whether two runs are the same.
+
+    If not, from which step on, and a likely cause. The exit code is 0 if they are the same, 1 if they differ.
+    """
+    from bigtfm.compare.difference import compare as run
+    from bigtfm.compare.report import draw, render, to_json
+    from bigtfm.compare.runs import read_run
+
+    found = run(read_run(run_a), read_run(run_b), tolerance)
+    picture = picture or run_a / f"compare-{run_b.resolve().name}.png"
+    draw(found, picture)
+    if as_json:
+        print(json.dumps(to_json(found, picture)))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found, picture))
+    raise typer.Exit(0 if found.step is None else 1)
+
+
+@app.command()
 def sync(run_dir: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")]) -> None:
     """Send to MLflow what is not sent yet."""
     from bigtfm.mlflow_mirror import sync as run

@@ -58,6 +58,13 @@ FROZEN: dict[str, dict[str, Any]] = {
     },
     "import-hf": {"DIR_OR_NAME": REQUIRED, "out": REQUIRED, "--vocab-size": None, "--compare": True},
     "export-hf": {"run_dir": REQUIRED, "out": REQUIRED, "--architecture": None, "--compare": True},
+    "compare": {
+        "run_a": REQUIRED,
+        "run_b": REQUIRED,
+        "--tolerance": 1e-5,
+        "--picture": None,
+        "--json": False,
+    },
     "sync": {"run_dir": REQUIRED},
     "version": {},
 }
@@ -76,6 +83,7 @@ UNITS = {  # of every number: the word that its help has to hold
     "--num-beams": "beams",
     "--length-penalty": "log-probability / tokens^this",
     "--num-return-sequences": "answers",
+    "--tolerance": "relative difference",
 }
 
 
