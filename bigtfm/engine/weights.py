@@ -1,11 +1,11 @@
-"""Weights without a training's state: streamed into a checkpoint and out of one, a tensor at a time."""
+"""Weights, and moments that no engine holds: streamed into a checkpoint and out, a tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from bigtfm.engine import checkpoint
 from bigtfm.engine.checkpoint import FORMAT, Progress
 
 Shape = tuple[int, ...]
-SHARD_BYTES = 10**9  # a shard holds one tensor at least
+SHARD_BYTES = 10**9  # a shard holds one parameter at least
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 
 def save_weights(
@@ -31,31 +32,49 @@ def save_weights(
 
     tensors: name and values, in the order of `shapes`; one is held at a time.
     """
-    final = root / f"step-{progress.step:08d}"
+    named = ((f"{name}|fp32", tensor) for name, tensor in tensors)
+    return save_training(root, shapes, named, progress, shard_bytes=shard_bytes)
+
+
+def save_training(
+    root: Path,
+    shapes: Mapping[str, Shape],
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Progress,
+    moments: Sequence[str] = (),
+    updates: float = 0,
+    state: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes `root`/step-NNNNNNNN with weights and the optimizer's `moments`, and returns it.
+
+    tensors: "<parameter>|fp32" and "<parameter>|<moment>" for each moment, parameters in the order of
+    `shapes`; one is held at a time. updates: that the optimizer has counted. state: what state.json says
+    beside the progress, where it is not that of a run which has not begun.
+    """
+    final = checkpoint.folder_of(root, progress.step)
     building = root / f".building-{final.name}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    stream, gathered = iter(tensors), []
-    for number, names in enumerate(in_shards(shapes, shard_bytes)):
-        file, part = f"shard-{number:05d}.safetensors", {name: shapes[name] for name in names}
-        write_safetensors(
-            building / file,
-            {f"{name}|fp32": (math.prod(shape),) for name, shape in part.items()},  # fragments are flat
-            ((f"{name}|fp32", tensor.flatten()) for name, tensor in islice(stream, len(part))),
-        )
+    keys, stream, gathered = ["fp32", *moments], iter(tensors), []
+    for number, names in enumerate(in_shards(shapes, shard_bytes // len(keys))):
+        file = f"shard-{number:05d}.safetensors"
+        flat = {f"{name}|{key}": (math.prod(shapes[name]),) for name in names for key in keys}
+        part = ((name, tensor.flatten()) for name, tensor in islice(stream, len(flat)))
+        write_safetensors(building / file, flat, part)
         parameters = {
             name: {
-                "shape": shape,
-                "fragment": {"file": file, "start": 0, "numel": math.prod(shape)},
-                "keys": ["fp32"],
-                "updates": 0,
+                "shape": shapes[name],
+                "fragment": {"file": file, "start": 0, "numel": math.prod(shapes[name])},
+                "keys": sorted(keys),
+                "updates": updates,
             }
-            for name, shape in part.items()
+            for name in names
         }
         gathered.append(
             {"files": {file: checkpoint.flush_and_hash(building / file)}, "parameters": parameters}
         )
-    checkpoint.finish(building, final, gathered, _state(progress))
+    checkpoint.finish(building, final, gathered, _state(progress) | dict(state or {}))
     return final
 
 
@@ -80,17 +99,23 @@ def in_shards(shapes: Mapping[str, Shape], limit: int) -> list[list[str]]:
     return groups
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """An fp32 safetensors file, written tensor by tensor; safetensors' own function wants all at once.
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, Shape],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """A safetensors file, written tensor by tensor; safetensors' own function wants all at once.
 
-    tensors: name and values in the order of `shapes`. The format: the header's length in 8 bytes, the header
-    as JSON, the values.
+    tensors: name and values in the order of `shapes`. metadata: beside "format". The format: the header's
+    length in 8 bytes, the header as JSON, the values.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -99,7 +124,8 @@ def write_safetensors(path: Path, shapes: Mapping[str, Shape], tensors: Iterable
             assert (name, shape) == (given, tuple(tensor.shape)), (
                 f"{given} {tensor.shape} is not {name} {shape}"
             )
-            file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B"))
+            values = tensor.detach().to("cpu", dtype).flatten()
+            file.write(values.view(torch.uint8).numpy().data)  # numpy knows no bf16
 
 
 def weight_shapes(folder: Path) -> dict[str, Shape]:
