@@ -16,6 +16,7 @@ import torch
 from bigtfm.config.problems import NoCheckpoint
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative; of the coarser of the two precisions
+PROBE_TOKENS = 64  # a sample that is short, since every save computes its loss
 MAX_SHOWN = 3
 
 
