@@ -97,7 +97,8 @@ def table(result: dict[str, Any]) -> str:
         low, high = cost[kind]["quartiles"]
         lines.append(
             f"{kind:>10}  {100 * cost[kind]['median']:10.2f} %"
-            f" (quartiles {100 * low:.2f} to {100 * high:.2f} %)  {stall[kind]['p50']:12.3f} s {stall[kind]['p99']:7.3f} s"
+            f" (quartiles {100 * low:.2f} to {100 * high:.2f} %)"
+            f"  {stall[kind]['p50']:12.3f} s {stall[kind]['p99']:7.3f} s"
         )
     ratio = stall["bigtfm"]["p50"] / stall["deepspeed"]["p50"]
     lines.append(f"stall, bigtfm / DeepSpeed: {ratio:.2f} (p50); goal for the cost: < {100 * GOAL_COST:g} %")
