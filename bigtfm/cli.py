@@ -370,6 +370,50 @@ def export_hf(
 
 
 @app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
+    dtype: Annotated[str, typer.Option(help="Type of the weights in it: fp32, bf16 or fp16.")] = "fp32",
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer step of the checkpoint. Default: the newest.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="Take the checkpoint of the best evaluation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write all weights of a run into one safetensors file."""
+    from bigtfm.export import export as run
+
+    print(run(run_dir, out, dtype=dtype, step=step, best=best, force=force))
+
+
+@app.command("import-deepspeed")
+def import_deepspeed(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="What DeepSpeed's save_checkpoint was given, or a global_stepN folder in it."),
+    ],
+    out: NewFolder,
+    deepspeed_config: DeepSpeedFile,
+    config: RunConfigFile = None,
+    overrides: Overrides = None,
+    trust_pickles: Annotated[
+        bool,
+        typer.Option(
+            "--trust-pickles",
+            help="Unpickle files that hold more than DeepSpeed puts there; they can run any code.",
+        ),
+    ] = False,
+) -> None:
+    """Make a run directory of a checkpoint of DeepSpeed's own.
+
+    Of a model of bigtfm's, trained in a loop of your own: weights, moments, schedule and counters.
+    """
+    from bigtfm.import_deepspeed import import_deepspeed as run
+
+    print("\n".join(run(checkpoint, out, deepspeed_config, config, overrides or [], trust=trust_pickles)))
+
+
+@app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")],
     run_b: Annotated[Path, typer.Argument(help="The run directory to compare it with.")],

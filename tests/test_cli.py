@@ -58,6 +58,22 @@ FROZEN: dict[str, dict[str, Any]] = {
     },
     "import-hf": {"DIR_OR_NAME": REQUIRED, "out": REQUIRED, "--vocab-size": None, "--compare": True},
     "export-hf": {"run_dir": REQUIRED, "out": REQUIRED, "--architecture": None, "--compare": True},
+    "export": {
+        "run_dir": REQUIRED,
+        "OUT.safetensors": REQUIRED,
+        "--dtype": "fp32",
+        "--step": None,
+        "--best": False,
+        "--force": False,
+    },
+    "import-deepspeed": {
+        "checkpoint": REQUIRED,
+        "out": REQUIRED,
+        "--deepspeed_config": REQUIRED,
+        "--config": None,
+        "[KEY=VALUE]...": None,
+        "--trust-pickles": False,
+    },
     "compare": {
         "run_a": REQUIRED,
         "run_b": REQUIRED,
@@ -84,6 +100,7 @@ UNITS = {  # of every number: the word that its help has to hold
     "--length-penalty": "log-probability / tokens^this",
     "--num-return-sequences": "answers",
     "--tolerance": "relative difference",
+    "--step": "optimizer step",
 }
 
 

@@ -55,7 +55,7 @@ def build_engine(
         compile_blocks(model)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=_groups(model, kind, weight_decay),
+        model_parameters=parameter_groups(model, kind, weight_decay),
         optimizer=optimizer,
         config=config,
     )
@@ -104,7 +104,7 @@ def _require_precision(config: dict[str, Any]) -> None:
             )
 
 
-def _groups(model: nn.Module, kind: str, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, kind: str, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for the matrices; none for the vectors (norms, biases) and what the model exempts."""
     if kind == "Adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
         return [{"params": list(model.parameters())}]

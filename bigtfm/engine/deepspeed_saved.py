@@ -64,11 +64,10 @@ class Saved:
         return whole.view(self.shapes[name])
 
 
-def open_checkpoint(path: Path, vectors: frozenset[str] = frozenset(), *, trust: bool = False) -> Saved:
+def open_checkpoint(path: Path, *, trust: bool = False) -> Saved:
     """Finds out where everything is; no tensor is copied.
 
-    path: what was given to save_checkpoint, or one of its folders. vectors: names that one of the optimizer's
-    two groups may hold; at stage 0 DeepSpeed notes none. trust: unpickle whatever the files hold.
+    path: what was given to save_checkpoint, or one of its folders. trust: unpickle whatever the files hold.
 
     Raises:
         NoCheckpoint: it is missing, incomplete, damaged, of another parallelism, or needs trust.
@@ -78,7 +77,7 @@ def open_checkpoint(path: Path, vectors: frozenset[str] = frozenset(), *, trust:
     state = unpickled(models[0], trust)
     try:
         if not optims:
-            return _stage_0(folder, state, vectors)
+            return _stage_0(folder, state)
         ranks = [unpickled(file, trust)["optimizer_state_dict"] for file in optims]
         counts = [_count(rank) for rank in ranks]
         if set(counts) != {len(ranks)}:
@@ -176,7 +175,7 @@ def _frozen(
     return found
 
 
-def _stage_0(folder: Path, state: dict[str, Any], vectors: frozenset[str]) -> Saved:
+def _stage_0(folder: Path, state: dict[str, Any]) -> Saved:
     """One optimizer of whole tensors, numbered group after group and not named."""
     optimizer, buffers = state["optimizer"], state.get("buffer_names") or ()
     if optimizer is None:
@@ -185,7 +184,7 @@ def _stage_0(folder: Path, state: dict[str, Any], vectors: frozenset[str]) -> Sa
     groups = optimizer.get("optimizer_state_dict", optimizer)["param_groups"]
     fitting = [
         (names, pieces)
-        for names in _groupings(module, groups, vectors)
+        for names in _groupings(module, groups)
         if (pieces := _pieces_of(names, module, optimizer, state)) is not None
     ]
     if len(fitting) != 1:
@@ -200,19 +199,15 @@ def _stage_0(folder: Path, state: dict[str, Any], vectors: frozenset[str]) -> Sa
     return Saved(folder, 0, int(state["dp_world_size"]), state, shapes, pieces, group_of, groups, optimizer)
 
 
-def _groupings(
-    module: Mapping[str, Tensor], groups: list[dict[str, Any]], vectors: frozenset[str]
-) -> list[list[list[str]]]:
-    """Ways in which the parameters may be spread over the groups: as noted, all in one, or in two."""
+def _groupings(module: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> list[list[list[str]]]:
+    """Ways to spread the parameters over the groups: as noted, all in one, or matrices and vectors apart."""
     if all("param_names" in group for group in groups):
         return [[list(group["param_names"]) for group in groups]]
-    if len(groups) == 1:
+    if len(groups) != 2:
         return [[list(module)]]
-    found: list[list[list[str]]] = []
-    for second in (vectors, {name for name, values in module.items() if values.dim() < 2}):
-        pair = [[name for name in module if name not in second], [name for name in module if name in second]]
-        found += [way for way in (pair, pair[::-1]) if way not in found and len(groups) == 2]
-    return found
+    matrices = [name for name, values in module.items() if values.dim() >= 2]
+    vectors = [name for name, values in module.items() if values.dim() < 2]
+    return [[matrices, vectors], [vectors, matrices]]
 
 
 def _pieces_of(
