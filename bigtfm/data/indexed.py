@@ -122,6 +122,7 @@ class Split:
     def __init__(self, name: SplitName, header: SplitHeader, folder: Path, dtype: np.dtype[Any]) -> None:
         self.name = name
         self.header = header
+        self._folder = folder
         self._tokens = [_map(folder / file.name, dtype, file.tokens) for file in header.files]
         self._starts = [_map(folder / file.index, INDEX_DTYPE, file.documents) for file in header.files]
         self._offsets = list(accumulate((file.tokens for file in header.files), initial=0))
@@ -129,6 +130,11 @@ class Split:
         documents = [file.documents for file in header.files]
         self._first_documents = np.cumsum([0, *documents[:-1]], dtype=np.int64)
         self._dtype = dtype
+
+    def __reduce__(
+        self,
+    ) -> tuple[object, ...]:  # another process maps the files; a map's content would travel
+        return type(self), (self.name, self.header, self._folder.absolute(), self._dtype)
 
     @property
     def num_tokens(self) -> int:
