@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from bigtfm.config.problems import DataProblem
@@ -19,6 +19,7 @@ from bigtfm.data.tokenizer import character_start
 
 BORDER_WINDOW = 65536  # how far past its nominal place a border between spans of a .txt is looked for
 ROWS = 256  # rows read at a time from tables
+TEXT_COLUMN_FIX = "name the column that holds the text with --text-column (training: data.text_column)"
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 
 
@@ -132,7 +133,7 @@ def _json_text(line: bytes, column: str, span: Span, position: int) -> bytes:
         )
     if column not in row:
         raise tables.no_column(column, list(row), _line(span, position))
-    return _as_bytes(row[column], column, lambda: _line(span, position))
+    return as_bytes(row[column], column, lambda: _line(span, position))
 
 
 def _line(span: Span, position: int) -> str:
@@ -182,21 +183,26 @@ def _rows(span: Span, column: str) -> Iterator[bytes]:
         with tables.parquet_errors(span.path):
             for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column], use_threads=False):
                 for value in batch.column(0).to_pylist():
-                    yield _as_bytes(value, column, where)
+                    yield as_bytes(value, column, where)
     elif span.kind == "arrow":
         rows = tables.open_arrow(span.path, column)
         with tables.datasets_errors(span.path):
             for start in range(span.start, span.stop, ROWS):
                 for value in rows[start : min(start + ROWS, span.stop)][column]:
-                    yield _as_bytes(value, column, where)
+                    yield as_bytes(value, column, where)
     else:
         dataset = tables.open_streamed(span.path, column)
         with tables.datasets_errors(span.path):
             for row in dataset.shard(num_shards=dataset.num_shards, index=span.start):
-                yield _as_bytes(row[column], column, where)
+                yield as_bytes(row[column], column, where)
 
 
-def _as_bytes(value: Any, column: str, where: Any) -> bytes:
+def as_bytes(value: Any, column: str, where: Callable[[], str]) -> bytes:
+    """A document from its row's value; nothing for a null.
+
+    Raises:
+        DataProblem: the value is neither text nor bytes.
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "surrogatepass")  # JSON can write half a surrogate pair
     if value is None:
@@ -204,4 +210,4 @@ def _as_bytes(value: Any, column: str, where: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     what = f"column '{column}' holds {type(value).__name__}, not text"
-    raise DataProblem(what, where=where(), fix="name the column that holds the text with --text-column")
+    raise DataProblem(what, where=where(), fix=TEXT_COLUMN_FIX)

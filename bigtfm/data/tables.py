@@ -50,6 +50,16 @@ def open_arrow(path: str, column: str) -> Any:
 @lru_cache(maxsize=1)  # a look-up on the hub each
 def open_streamed(name: str, column: str) -> Any:
     """`hf:NAME[@CONFIG][:SPLIT]`, a name on the hub or a local folder, as a stream of rows."""
+    rows = open_split(name)[1]
+    with datasets_errors(name):
+        columns = rows.column_names or list(next(iter(rows), {column: ""}))
+    if column not in columns:
+        raise no_column(column, columns, name)
+    return rows
+
+
+def open_split(name: str) -> tuple[Any, Any, str]:
+    """Of `hf:NAME[@CONFIG][:SPLIT]`: its builder, the split as a stream of rows, and that split's name."""
     match = re.fullmatch(r"hf:(?P<name>[^:@]+)(?:@(?P<config>[^:@]+))?(?::(?P<split>[^:@]+))?", name)
     if match is None:
         raise DataProblem(
@@ -62,15 +72,12 @@ def open_streamed(name: str, column: str) -> Any:
 
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
-        rows = datasets.load_dataset(match["name"], match["config"], streaming=True)
-        split = match["split"] or _only_split(list(rows), name)
-        if split not in rows:
-            raise DataProblem(f"no split '{split}'", where=name, fix=did_you_mean(split, rows))
-        rows = rows[split]
-        columns = rows.column_names or list(next(iter(rows), {column: ""}))
-    if column not in columns:
-        raise no_column(column, columns, name)
-    return rows
+        builder = datasets.load_dataset_builder(match["name"], match["config"])
+        splits = builder.as_streaming_dataset()
+        split = match["split"] or _only_split(list(splits), name)
+        if split not in splits:
+            raise DataProblem(f"no split '{split}'", where=name, fix=did_you_mean(split, splits))
+    return builder, splits[split], split
 
 
 def _only_split(splits: list[str], where: str) -> str:
@@ -97,6 +104,8 @@ class datasets_errors:
             raise DataProblem(what, where=self.where, fix=fix) from None
 
 
-def no_column(column: str, columns: Sequence[str], where: str) -> DataProblem:
+def no_column(
+    column: str, columns: Sequence[str], where: str, option: str = "pass --text-column"
+) -> DataProblem:
     hint = did_you_mean(column, columns) if columns else "there are none"
-    return DataProblem(f"no column '{column}'", where=where, fix=f"pass --text-column: {hint}")
+    return DataProblem(f"no column '{column}'", where=where, fix=f"{option}: {hint}")

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bigtfm.data.documents import read_documents
-from bigtfm.data.indexed import INDEX_DTYPE
+from bigtfm.data.indexed import INDEX_DTYPE, Tokens
 from bigtfm.data.sources import Reading, Unit
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -159,6 +160,22 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
+def tokenize(
+    tokenizer: Tokenizer, documents: Sequence[bytes], dtype: np.dtype[Any]
+) -> tuple[Tokens, NDArray[np.int64]]:
+    """Documents, at least one, as one stream [T] of `BOS t1 ... tn EOS` each, and where they begin in it."""
+    ids = tokenizer.encode_batch(documents)
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + 2  # BOS ... EOS
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    stream = np.empty(int(ends[-1]), dtype=dtype)
+    inner = np.ones(len(stream), dtype=bool)
+    inner[starts] = inner[ends - 1] = False
+    stream[starts], stream[ends - 1] = tokenizer.bos_id, tokenizer.eos_id
+    stream[inner] = np.concatenate(ids)
+    return stream, starts
+
+
 class _Files:
     """A .bin and a .idx that are being written; closing sees them on the disk."""
 
@@ -183,15 +200,7 @@ class _SplitWriter(_Files):
     def add(self, documents: Sequence[bytes]) -> None:
         if not documents:
             return
-        ids = self._tokenizer.encode_batch(documents)
-        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + 2  # BOS ... EOS
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        stream = np.empty(int(ends[-1]), dtype=self._dtype)
-        inner = np.ones(len(stream), dtype=bool)
-        inner[starts] = inner[ends - 1] = False
-        stream[starts], stream[ends - 1] = self._tokenizer.bos_id, self._tokenizer.eos_id
-        stream[inner] = np.concatenate(ids)
+        stream, starts = tokenize(self._tokenizer, documents, self._dtype)
         self._tokens.write(stream.data)
         self._index.write((starts + self._counts.tokens).astype(INDEX_DTYPE).data)
         added = Counts(len(documents), len(stream), sum(map(len, documents)), int(stream.max()))
