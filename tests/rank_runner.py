@@ -81,11 +81,19 @@ def start(
     return processes
 
 
-def train_all(jobs: Sequence[Sequence[str]], folder: Path, world_size: int) -> Finished:
-    """Trains one job after the other in the same processes; a job is a DeepSpeed JSON and overrides."""
+def train_all(
+    jobs: Sequence[Sequence[str]],
+    folder: Path,
+    world_size: int,
+    program: Callable[[], None] | None = None,
+) -> Finished:
+    """Trains one job after the other in the same processes; a job is a DeepSpeed JSON and overrides.
+
+    program: what the ranks do instead of `train_jobs`, such as breaking something and then calling it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     args = [json.dumps([list(job) for job in jobs])]
-    return finish(start(args, folder, world_size, program=_train_all), folder, timeout=280)
+    return finish(start(args, folder, world_size, program=program or train_jobs), folder, timeout=280)
 
 
 def finish(
@@ -130,7 +138,8 @@ def _bigtfm() -> None:
     app()
 
 
-def _train_all() -> None:
+def train_jobs() -> None:
+    """The program of `train_all`."""
     from bigtfm.config.launch import Launch
     from bigtfm.engine import distributed
     from bigtfm.job import check_job
