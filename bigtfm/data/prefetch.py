@@ -6,16 +6,21 @@ quicker, a step gets what `loader.batch` would have returned.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import recv_handle, send_handle
 from queue import SimpleQueue
-from typing import Any, Protocol, Self
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 
 from bigtfm.config.problems import DataProblem
@@ -49,9 +54,9 @@ class Prefetcher:
         self._pinned = pin_memory and torch.cuda.is_available()
         self._due: dict[tuple[int, int], Future[Batch]] = {}
         self._workers = _start(loader, workers)
-        self._idle: SimpleQueue[Connection] = SimpleQueue()
-        for _, connection in self._workers:
-            self._idle.put(connection)
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
         # One thread for each process: it waits for the answer, unpacks and pins it.
         self._threads = ThreadPoolExecutor(max(1, workers), "read-ahead")
         self._device = torch.cuda.current_device() if self._pinned else None
@@ -85,10 +90,12 @@ class Prefetcher:
 
     def _ask(self, first: int, count: int) -> Batch:
         """One batch from a worker that has nothing else to do."""
-        connection = self._idle.get()
+        worker = self._idle.get()
         try:
-            connection.send((first, count))
-            answer = pickle.loads(connection.recv_bytes())
+            worker.connection.send((first, count))
+            answer, sizes = worker.connection.recv()
+            buffers = [bytearray(size) for size in sizes]
+            os.preadv(worker.memory, buffers, 0)
         except (EOFError, OSError):
             raise DataProblem(
                 "a process that reads the data was killed (out of memory?)",
@@ -96,33 +103,43 @@ class Prefetcher:
                 fix="start the same command again: it resumes; fewer data.workers need less memory",
             ) from None
         finally:
-            self._idle.put(connection)
-        if isinstance(answer, Exception):
-            raise answer
-        fields, arrays = answer  # as _packed makes them
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return Batch(**fields, **tensors)
+            self._idle.put(worker)
+        made = pickle.loads(answer, buffers=buffers)
+        if isinstance(made, Exception):
+            raise made
+        fields: dict[str, Any] = {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in made.items()
+        }
+        return Batch(**fields)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process, _connection in self._workers:
-            process.kill()  # it holds nothing that could be lost, and its thread sees the end
-            process.join()
+        for worker in self._workers:
+            worker.process.kill()  # it holds nothing that could be lost, and its thread sees the end
+            worker.process.join()
         self._threads.shutdown(cancel_futures=True)
-        for _process, connection in self._workers:
-            connection.close()
+        for worker in self._workers:
+            worker.connection.close()
+            os.close(worker.memory)
 
 
-def _start(loader: MakesBatches, workers: int) -> list[tuple[BaseProcess, Connection]]:
-    """Worker processes, each with our end of the connection to it."""
+class _Worker(NamedTuple):
+    process: BaseProcess
+    connection: Connection  # numbers of samples there, an answer back
+    memory: int  # file descriptor of memory that both share: the answer's arrays
+
+
+def _start(loader: MakesBatches, workers: int) -> list[_Worker]:
+    """Worker processes, idle."""
     if not workers:
         return []
     context = get_context("forkserver")  # forks of a process that has imported torch once and has no threads
     context.set_forkserver_preload([__name__])
     pickled = pickle.dumps(loader)
-    started: list[tuple[BaseProcess, Connection]] = []
+    started: list[_Worker] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)  # inherited, so that no moment is left open
     try:
         for number in range(workers):
@@ -130,10 +147,20 @@ def _start(loader: MakesBatches, workers: int) -> list[tuple[BaseProcess, Connec
             process = context.Process(target=_serve, args=(theirs, pickled), name=f"data-worker-{number}")
             process.start()
             theirs.close()
-            started.append((process, ours))
+            memory = _nameless_memory()
+            send_handle(ours, memory, process.pid)
+            started.append(_Worker(process, ours, memory))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return started
+
+
+def _nameless_memory() -> int:
+    """A file descriptor of memory that goes with its last user, however that ends."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("batch")
+    with TemporaryFile() as file:  # macOS
+        return os.dup(file.fileno())
 
 
 def _serve(connection: Connection, pickled: bytes) -> None:
@@ -141,25 +168,21 @@ def _serve(connection: Connection, pickled: bytes) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)  # where the fork server was there before
     torch.set_num_threads(1)
     loader: MakesBatches | None = None
-    while True:
-        try:
+    with suppress(EOFError, OSError):
+        memory = recv_handle(connection)
+        while True:
             first, count = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            loader = loader or pickle.loads(pickled)
-            answer = _packed(loader.batch(first, count))
-        except Exception as error:  # it is the trainer's, at the step that it belongs to
-            answer = pickle.dumps(error)
-        try:
-            connection.send_bytes(answer)
-        except OSError:
-            return
+            buffers: list[pickle.PickleBuffer] = []
+            try:
+                loader = loader or pickle.loads(pickled)
+                made: Any = _arrays(loader.batch(first, count))
+            except Exception as error:  # it is the trainer's, at the step that it belongs to
+                made = error
+            answer = pickle.dumps(made, protocol=5, buffer_callback=buffers.append)
+            os.pwritev(memory, buffers, 0)
+            connection.send((answer, [buffer.raw().nbytes for buffer in buffers]))
 
 
-def _packed(batch: Batch) -> bytes:
-    """A batch as bytes: its tensors as arrays, which pickle copies whole."""
-    fields = vars(batch)
-    arrays = {name: value.numpy() for name, value in fields.items() if isinstance(value, torch.Tensor)}
-    rest = {name: value for name, value in fields.items() if name not in arrays}
-    return pickle.dumps((rest, arrays), protocol=5)
+def _arrays(batch: Batch) -> dict[str, Any]:
+    """A batch's fields, its tensors as arrays, which share their memory."""
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}

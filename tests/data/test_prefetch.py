@@ -108,8 +108,8 @@ def test_a_data_set_that_went_away_is_said_by_a_worker(tiny_data, tmp_path):
 def test_a_killed_worker_is_one_line(loader):
     with Prefetcher(loader, 2) as batches:
         batches.step(starts(0), 2, STRIDE)
-        for process, _ in batches._workers:
-            os.kill(process.pid, signal.SIGKILL)
+        for worker in batches._workers:
+            os.kill(worker.process.pid, signal.SIGKILL)
         with pytest.raises(DataProblem, match=r"was killed \(out of memory\?\)") as raised:
             batches.step(starts(100), 2, STRIDE)
     assert "fewer data.workers" in raised.value.line
@@ -118,7 +118,7 @@ def test_a_killed_worker_is_one_line(loader):
 def test_leaving_ends_the_workers(loader):
     with Prefetcher(loader, 2) as batches:
         batches.step(starts(0), 2, STRIDE)
-        processes = [process for process, _ in batches._workers]
+        processes = [worker.process for worker in batches._workers]
         assert all(process.is_alive() for process in processes)
     assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
 
@@ -151,7 +151,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, si
     signal.signal(number, lambda *_: None)
 with prefetch.Prefetcher(loader, 2) as batches:
     batches.step([0, 4], 2, 8)
-    print(*[process.pid for process, _ in batches._workers], flush=True)
+    print(*[worker.process.pid for worker in batches._workers], flush=True)
     sys.stdin.readline()
     try:
         for step in range(1, 6):
