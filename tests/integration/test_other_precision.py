@@ -65,9 +65,9 @@ def test_offload_moves_nothing(folder: Path) -> None:
 
 
 def test_a_change_of_precision_stays_near_the_curve(folder: Path) -> None:
-    """bf16 computes with 8 bits: its losses are within 2^-8 of fp32's, and so is a run that changes."""
+    """bf16 has 8 bits: its losses are 1e-4 from fp32's, and so are those of a run that changes."""
     fp32, bf16, changed = (losses_after(folder / name, 0) for name in ("fp32", "bf16", "precision"))
-    assert relative(bf16, fp32) <= 2**-8
-    assert relative(changed, fp32) <= 2**-8
-    assert relative(changed[:4], bf16[:4]) == 0.0
+    assert changed[:4] == bf16[:4]
+    assert relative(bf16, fp32) > 1e-5, "precision does something"
+    assert relative(changed, fp32) < 5e-4
     assert relative(changed[4:8], fp32[4:8]) < relative(bf16[4:8], fp32[4:8])
