@@ -145,11 +145,9 @@ def _require_same_recipe(saved: Saved, job: Job, model: torch.nn.Module, theirs:
         "weight_decay": _decays(saved, job, model, theirs),
     }
     if scheduler := stated.get("scheduler"):
-        before = {**_numbers(scheduler.get("params")), "type": scheduler.get("type")}
-        now = {
-            **job.deepspeed_values.get("scheduler", {}).get("params", {}),
-            "type": job.deepspeed.scheduler_type,
-        }
+        before = {"type": scheduler.get("type"), **_numbers(scheduler.get("params"))}
+        params = job.deepspeed_values.get("scheduler", {}).get("params", {})
+        now = {"type": job.deepspeed.scheduler_type, **job.deepspeed.scheduler_params, **params}
         pairs["scheduler"] = before, _chosen(now, before)
     if stated:
         before_clip = float(stated.get("gradient_clipping", CLIPPING_DEFAULT))
