@@ -1,21 +1,34 @@
-"""What a run comes to: both files and the data set's header together, checked and resolved, without torch."""
+"""What a run comes to: both files and the data sets' headers together, checked and resolved; no torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bigtfm.config.deepspeed import DeepSpeedConfig
-from bigtfm.config.problems import ConfigProblem, DataProblem
+from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import RunConfig
 from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.mixture import Mixture
 from bigtfm.planner.memory import block_matrices, count_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 BUFFER_SIZE = 100_000_000  # DeepSpeed's default, in elements
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a run takes of one data set."""
+
+    path: str
+    share: float  # of this run's sequences
+    train_tokens: int  # tokens in its training split
+    sequences: int  # in one pass over it
+    epochs: float  # passes over it in this run
 
 
 @dataclass(frozen=True)
@@ -28,13 +41,15 @@ class Resolved:
     micro_batch: int  # sequences per rank in one forward pass
     accumulation: int  # forward passes per rank in one optimizer step
     global_batch: int  # sequences in one optimizer step
-    seq_len: int  # tokens in a sequence
-    tokens_per_step: int
+    seq_len: int  # tokens in a sequence, at most
+    packing: str  # how documents become sequences
+    tokens_per_step: int  # of best_fit, whose sequences are not all full, the mean
     steps: int  # optimizer steps of this run
     horizon: int | None  # the scheduler's total steps, if it has them
-    train_tokens: int  # tokens in the training split
+    train_tokens: int  # tokens in the training splits
     steps_per_epoch: float
-    epochs: float  # passes over the training split
+    epochs: float  # passes over as many sequences as the training splits have
+    sources: tuple[Share, ...]
     family: str
     objective: str
     parameters: int  # shared ones counted once
@@ -56,29 +71,35 @@ class Resolved:
 
 
 def resolve(
-    config: RunConfig, deepspeed: DeepSpeedConfig, world_size: int, dataset: TokenDataset, vocab_size: int
+    config: RunConfig,
+    deepspeed: DeepSpeedConfig,
+    world_size: int,
+    datasets: Sequence[TokenDataset],
+    order: Mixture,
+    vocab_size: int,
 ) -> Resolved:
-    """Everything that follows from both files, the number of ranks, the data set and the model's vocabulary.
+    """Everything that follows from both files, the number of ranks, the data and the model's vocabulary.
+
+    order: of the training samples, whose sources are the data sets.
 
     Raises:
-        ConfigProblem: the two files, or one of them and the number of ranks, don't fit together.
-        DataProblem: the training split is too short for one sequence.
+        ConfigProblem: the two files, or one of them and the number of ranks or the data, don't fit together.
     """
-    _evaluates(config, deepspeed, dataset)
+    _evaluates(config, deepspeed, datasets[0])
     _recomputes_exactly(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)
     padded_vocab_size = config.model.padded_vocab_size(vocab_size)
     largest = max(matrix.in_ * matrix.out for matrix in block_matrices(config.model))
     _buffers_hold(max(largest, padded_vocab_size * config.model.hidden_size), deepspeed, world_size)
-    tokens_per_step = global_batch * config.seq_len
-    train_tokens = dataset.split("train").num_tokens
-    if train_tokens <= config.seq_len:  # the label of a position is the token after it
-        raise DataProblem(
-            f"the training split has {train_tokens} tokens, too few for a sequence of {config.seq_len}",
-            where=config.data.path,
-            fix="prepare more text, or set a smaller data.seq_len",
-        )
+    _lasts(order, steps, global_batch)
+    taken = order.counts(steps * global_batch).tolist()
+    tokens = sum(n * source.tokens_per_sample for n, source in zip(taken, order.sources, strict=True))
+    shares = tuple(
+        Share(path, n / sum(taken), dataset.split("train").num_tokens, source.size, n / source.size)
+        for path, n, dataset, source in zip(config.data.paths, taken, datasets, order.sources, strict=True)
+    )
+    steps_per_epoch = sum(share.sequences for share in shares) / global_batch
     return Resolved(
         name=config.run.name,
         run_dir=str(config.run_dir),
@@ -87,12 +108,14 @@ def resolve(
         accumulation=accumulation,
         global_batch=global_batch,
         seq_len=config.seq_len,
-        tokens_per_step=tokens_per_step,
+        packing=config.data.packing,
+        tokens_per_step=round(tokens / steps),
         steps=steps,
         horizon=deepspeed.horizon,
-        train_tokens=train_tokens,
-        steps_per_epoch=train_tokens / tokens_per_step,
-        epochs=steps * tokens_per_step / train_tokens,
+        train_tokens=sum(share.train_tokens for share in shares),
+        steps_per_epoch=steps_per_epoch,
+        epochs=steps / steps_per_epoch,
+        sources=shares,
         family=config.model.family,
         objective=config.objective_kind,
         parameters=count_parameters(config.model, vocab_size),
@@ -108,6 +131,19 @@ def resolve(
         gradient_clipping=deepspeed.clipping,
         recompute=config.compute.recompute,
     )
+
+
+def _lasts(order: Mixture, steps: int, global_batch: int) -> None:
+    """There are sequences for every step."""
+    if order.num_samples < steps * global_batch:
+        possible = order.num_samples // global_batch
+        fewer = f"set run.steps to {possible} or less, " if possible else ""
+        raise ConfigProblem(
+            f"data.sources have {order.num_samples} sequences within their max_epochs: {possible} steps of "
+            f"{global_batch}, and the run has {steps}",
+            where="run config",
+            fix=f"{fewer}set larger max_epochs, or leave one of them out",
+        )
 
 
 def _buffers_hold(largest: int, deepspeed: DeepSpeedConfig, world_size: int) -> None:
@@ -167,17 +203,25 @@ def render(resolved: Resolved, attention: str) -> Table:
     from rich.table import Table
 
     r = resolved
+    fill = r.tokens_per_step / (r.global_batch * r.seq_len)
     offload = [f"{what} on {where}" for what, where in _offloads(r) if where != "none"]
     rows = {
         "run": f"{r.name} in {r.run_dir}",
         "batch": f"{r.global_batch:,} sequences = {r.micro_batch} micro batch x {r.accumulation} "
         f"accumulation x {r.world_size} ranks",
-        "tokens per step": f"{r.tokens_per_step:,} = {r.global_batch:,} x {r.seq_len:,}",
+        "tokens per step": f"{r.tokens_per_step:,} = {r.global_batch:,} x {r.seq_len:,}"
+        + (f", {fill:.1%} full ({r.packing})" if r.packing != "windows" else ""),
         "steps": f"{r.steps:,}"
         + (f" of the schedule's {r.horizon:,}" if r.horizon not in (None, r.steps) else ""),
         "training tokens": f"{r.train_tokens:,}",
         "steps per epoch": f"{r.steps_per_epoch:,.1f}",
         "epochs": f"{r.epochs:,.2f}",
+        **{
+            f"source {n}": f"{s.path}: {s.share:.1%} of the sequences, {s.train_tokens:,} tokens, "
+            f"{s.epochs:,.2f} epochs"
+            for n, s in enumerate(r.sources, 1)
+            if len(r.sources) > 1
+        },
         "model": f"{r.family}, {r.objective}, {r.parameters:,} parameters",
         "vocabulary": f"{r.vocab_size:,} (padded to {r.padded_vocab_size:,})",
         "precision": r.precision,

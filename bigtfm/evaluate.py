@@ -89,7 +89,7 @@ def require_labels(loader: Loader, max_tokens: int) -> None:
 
 def num_windows(loader: Loader, max_tokens: int) -> int:
     """How many windows an evaluation looks at."""
-    return min(loader.num_windows, max(1, max_tokens // loader.seq_len))
+    return min(loader.num_samples, max(1, max_tokens // loader.seq_len))
 
 
 def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int, max_tokens: int) -> float:

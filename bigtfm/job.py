@@ -14,6 +14,7 @@ from bigtfm.check import Resolved, resolve
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.run import RunConfig, load_run_config
 from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.mixture import Mixture, training_order
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.model.backends import Choice, choose, installed_kernels, needs_of, this_device
@@ -23,14 +24,20 @@ VERIFIED_BYTES = 256 * 2**20  # of tokens: up to here SHA-256 is checked at ever
 
 @dataclass(frozen=True)
 class Job:
-    """Both files, the data set, and all that follows from them."""
+    """Both files, the data sets, and all that follows from them."""
 
     config_path: Path | None
     run: RunConfig
     deepspeed: DeepSpeedConfig
-    dataset: TokenDataset
+    datasets: tuple[TokenDataset, ...]  # of the mixture, or the only one
+    order: Mixture  # of the training samples
     special: SpecialIds
     resolved: Resolved
+
+    @property
+    def dataset(self) -> TokenDataset:
+        """The first data set: tokenizer, vocabulary and validation are its."""
+        return self.datasets[0]
 
     @cached_property
     def deepspeed_values(self) -> dict[str, Any]:
@@ -67,10 +74,12 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
     """
     deepspeed = load_deepspeed_json(deepspeed_json)
     run = load_run_config(config, overrides)
-    dataset = TokenDataset.open(run.data.path)
-    special = special_ids(load_tokenizer(dataset.tokenizer_path), run)
-    resolved = resolve(run, deepspeed, world_size, dataset, special.vocab_size)
-    tokens = sum(split.tokens for split in dataset.header.splits.values())
-    if tokens * np.dtype(dataset.header.dtype).itemsize <= VERIFIED_BYTES:
-        dataset.verify()
-    return Job(config, run, deepspeed, dataset, special, resolved)
+    datasets = tuple(TokenDataset.open(path) for path in run.data.paths)
+    special = special_ids(load_tokenizer(datasets[0].tokenizer_path), run)
+    order = training_order(datasets, run.data, run.seq_len, run.run.seed)
+    resolved = resolve(run, deepspeed, world_size, datasets, order, special.vocab_size)
+    for dataset in datasets:
+        tokens = sum(split.tokens for split in dataset.header.splits.values())
+        if tokens * np.dtype(dataset.header.dtype).itemsize <= VERIFIED_BYTES:
+            dataset.verify()
+    return Job(config, run, deepspeed, datasets, order, special, resolved)

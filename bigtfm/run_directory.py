@@ -32,11 +32,10 @@ HUGGING_FACE = "huggingface"  # folder of an imported run: the original config
 
 def identity(job: Job) -> dict[str, Any]:
     """What decides the loss curve; the keys are those of resume.allow."""
-    run, dataset = job.run, job.dataset
-    values = job.deepspeed_values
+    run, values = job.run, job.deepspeed_values
     parts = {
-        "data": {"sha256": dataset.identity, "seq_len": run.seq_len},
-        "tokenizer": dataset.header.tokenizer.identity,
+        "data": _data_identity(job),
+        "tokenizer": job.dataset.header.tokenizer.identity,
         "model": {**run.model.model_dump(mode="json"), "vocab_size": job.special.vocab_size},
         "objective": {**run.objective.model_dump(mode="json"), "kind": run.objective_kind},
         "seed": run.run.seed,
@@ -46,6 +45,20 @@ def identity(job: Job) -> dict[str, Any]:
         },
     }
     return json.loads(json.dumps(parts))  # as it will be read back
+
+
+def _data_identity(job: Job) -> dict[str, Any]:
+    """What the training samples are; a part that says nothing new of one data set in windows is left out."""
+    data = job.run.data
+    parts: dict[str, Any] = {"sha256": job.dataset.identity, "seq_len": job.run.seq_len}
+    if data.packing != "windows":
+        parts["packing"] = data.packing
+    if len(job.datasets) > 1:
+        parts["sources"] = {
+            str(n): {"sha256": dataset.identity, "weight": source.weight, "max_epochs": source.max_epochs}
+            for n, (dataset, source) in enumerate(zip(job.datasets, data.sources, strict=True), 1)
+        }
+    return parts
 
 
 def refuse_changes(

@@ -90,7 +90,7 @@ class FakeLoader:
     seq_len = 4
 
     def __init__(self, labels):
-        self.labels, self.num_windows = labels, len(labels)
+        self.labels, self.num_samples = labels, len(labels)
 
     def batch(self, first, count):
         return SimpleNamespace(num_labels=sum(self.labels[first : first + count]))

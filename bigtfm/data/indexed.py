@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -117,14 +117,20 @@ class Header(_Strict):
 
 
 class Split:
-    """One split of a data set: a stream of tokens, read where it is needed."""
+    """One split of a data set: a stream of tokens, read where it is needed.
 
-    def __init__(self, name: SplitName, header: SplitHeader, folder: Path, dtype: np.dtype[Any]) -> None:
+    folders: where each of the header's files lies.
+    """
+
+    def __init__(
+        self, name: SplitName, header: SplitHeader, folders: Sequence[Path], dtype: np.dtype[Any]
+    ) -> None:
         self.name = name
         self.header = header
-        self._folder = folder
-        self._tokens = [_map(folder / file.name, dtype, file.tokens) for file in header.files]
-        self._starts = [_map(folder / file.index, INDEX_DTYPE, file.documents) for file in header.files]
+        self._folders = folders
+        places = list(zip(folders, header.files, strict=True))
+        self._tokens = [_map(folder / file.name, dtype, file.tokens) for folder, file in places]
+        self._starts = [_map(folder / file.index, INDEX_DTYPE, file.documents) for folder, file in places]
         self._offsets = list(accumulate((file.tokens for file in header.files), initial=0))
         self._first_tokens = np.array(self._offsets[:-1], dtype=np.int64)
         documents = [file.documents for file in header.files]
@@ -134,7 +140,23 @@ class Split:
     def __reduce__(
         self,
     ) -> tuple[object, ...]:  # another process maps the files; a map's content would travel
-        return type(self), (self.name, self.header, self._folder.absolute(), self._dtype)
+        return type(self), (self.name, self.header, [f.absolute() for f in self._folders], self._dtype)
+
+    @classmethod
+    def join(cls, splits: Sequence[Split]) -> Split:
+        """The streams of splits of the same dtype, one behind the other, as one."""
+        if len(splits) == 1:
+            return splits[0]
+        headers = [split.header for split in splits]
+        header = SplitHeader(
+            documents=sum(header.documents for header in headers),
+            tokens=sum(header.tokens for header in headers),
+            bytes=sum(header.bytes for header in headers),
+            max_id=max(header.max_id for header in headers),
+            files=tuple(file for header in headers for file in header.files),
+        )
+        folders = [folder for split in splits for folder in split._folders]
+        return cls(splits[0].name, header, folders, splits[0]._dtype)
 
     @property
     def num_tokens(self) -> int:
@@ -231,7 +253,10 @@ class TokenDataset:
         self.header = header
         self.identity = identity  # SHA-256 of dataset.json, in hex: it names every byte of the data set
         dtype = np.dtype(header.dtype).newbyteorder("<")
-        self._splits = {name: Split(name, split, path, dtype) for name, split in header.splits.items()}
+        self._splits = {
+            name: Split(name, split, [path] * len(split.files), dtype)
+            for name, split in header.splits.items()
+        }
 
     @classmethod
     def open(cls, path: str | Path) -> TokenDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,10 +12,8 @@ from numpy.typing import NDArray
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.objectives import MakeExamples, causal_lm
-from bigtfm.data.order import sample_windows
-from bigtfm.data.windows import Windows
-
-BLOCK = 4096  # samples whose order is computed at once, which spreads the cost of many numpy calls
+from bigtfm.data.order import Order, Pieces
+from bigtfm.data.samples import Samples
 
 
 class TokenStream(Protocol):
@@ -34,7 +33,7 @@ class TokenStream(Protocol):
 class Batch:
     """Packed documents: T positions in N of them, no padding; attention stays inside each.
 
-    Document n is what the objective made of segment n, the part of a document that lies in one window. With
+    Document n is what the objective made of segment n, the part of a document that lies in one piece. With
     an encoder-decoder it is the encoder's, and the decoder has another: U positions in N documents.
     """
 
@@ -43,10 +42,10 @@ class Batch:
     position_ids: torch.Tensor  # [T] int64, from 0 in each document
     cu_seqlens: torch.Tensor  # [N + 1] int32: where documents begin, and T
     seq_lens: tuple[int, ...]  # N lengths, on the host
-    token_keys: torch.Tensor  # [T] int64: sample number * seq_len + the segment's offset in the window +
+    token_keys: torch.Tensor  # [T] int64: sample number * seq_len + the segment's offset in the sample +
     # position; the key of dropout
     num_labels: int  # positions with a label
-    samples: tuple[int, ...]  # window indices, in order
+    samples: tuple[int, ...]  # ids of the samples, in order
     token_type_ids: torch.Tensor | None = None  # [T] int64: 0 sentence A, 1 sentence B
     next_sentence_labels: torch.Tensor | None = None  # [N] int64: 0 B follows A, 1 it does not, -100 no pair
     decoder_input_ids: torch.Tensor | None = None  # [U] int64
@@ -57,12 +56,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies do not block the host."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory, from which copies to a GPU do not wait for the host."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of a model's forward: all that there is but num_labels and samples."""
@@ -74,54 +78,32 @@ class Batch:
 
 
 class Loader:
-    """Batches of windows of `seq_len` consecutive positions of a split's token stream.
+    """Batches of the samples of a stream that an order names, read and cut into segments at document starts.
 
-    Window w holds the tokens w * seq_len .. (w + 1) * seq_len - 1, and the one after it, which causal_lm
-    predicts; `objective` makes of it what a model reads. With `shuffle`, sample n is a window of epoch
-    n // num_windows, each epoch in an order of its own and all windows full; fewer than seq_len tokens at the
-    end of the split are left out. Without, sample n is window n, and the last one may be shorter: causal_lm
-    predicts every token exactly once.
+    `objective` makes of them what a model reads.
 
-    vocab_size: of the data set; no id that is read may be beyond it.
-
-    Raises:
-        DataProblem: the split has no full window (without `shuffle`: nothing to predict).
+    seq_len: most tokens in a sample. vocab_size: of the data set; no id that is read may be beyond it.
     """
 
     def __init__(
         self,
-        split: TokenStream,
+        stream: TokenStream,
+        order: Order,
         seq_len: int,
-        seed: int,
         vocab_size: int,
         objective: MakeExamples = causal_lm,
-        shuffle: bool = True,
     ) -> None:
-        self.split, self.seq_len, self.seed = split, seq_len, seed
-        self.vocab_size, self.objective, self.shuffle = vocab_size, objective, shuffle
-        self.num_positions = max(0, split.num_tokens - 1)  # the last token is only ever a label
-        self.num_windows = self.num_positions // seq_len if shuffle else -(-self.num_positions // seq_len)
-        if not self.num_windows:
-            need = seq_len + 1 if shuffle else 2
-            raise DataProblem(
-                f"{split.num_tokens} tokens are too few: a window takes {need} at data.seq_len {seq_len}",
-                where=f"data set, {split.name} split",
-                fix="set a smaller data.seq_len or prepare more text",
-            )
-        self._block: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # a memo; it only saves time
+        self.stream, self.order, self.seq_len = stream, order, seq_len
+        self.vocab_size, self.objective = vocab_size, objective
 
-    def windows(self, first_sample: int, count: int) -> NDArray[np.int64]:
-        """Window indices of the samples first_sample .. first_sample + count - 1: int64 [count]."""
-        if not self.shuffle:
-            assert first_sample + count <= self.num_windows, "without shuffle there is one epoch"
-            return np.arange(first_sample, first_sample + count)
-        number, place = divmod(first_sample, BLOCK)
-        if place + count > BLOCK:
-            return sample_windows(first_sample, count, self.num_windows, self.seed)
-        memo = self._block  # read once: another thread may replace it
-        if memo[0] != number:
-            memo = self._block = (number, sample_windows(number * BLOCK, BLOCK, self.num_windows, self.seed))
-        return memo[1][place : place + count]
+    @property
+    def num_samples(self) -> int:
+        """How many there are; MAX_SIZE: there is no end."""
+        return self.order.num_samples
+
+    def ids(self, first_sample: int, count: int) -> NDArray[np.int64]:
+        """What the samples first_sample .. first_sample + count - 1 are: int64 [count], for their digest."""
+        return self.order.pieces(first_sample, count).ids
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples first_sample .. first_sample + count - 1, packed in that order.
@@ -129,59 +111,69 @@ class Loader:
         Raises:
             DataProblem: a token id lies outside the vocabulary.
         """
-        indices = self.windows(first_sample, count)
-        windows = self._read_windows(first_sample, indices)
-        made = self.objective(windows)
-        fields = _packed(windows, made.seq_lens, stretch=1)
+        pieces = self.order.pieces(first_sample, count)
+        samples = self._read_pieces(first_sample, pieces)
+        made = self.objective(samples)
+        fields = _packed(samples, made.seq_lens, stretch=1)
         if made.token_type_ids is not None and made.next_sentence_labels is not None:
             fields["token_type_ids"] = torch.from_numpy(made.token_type_ids)
             fields["next_sentence_labels"] = torch.from_numpy(made.next_sentence_labels)
         if made.decoder_input_ids is not None:
             fields["decoder_input_ids"] = torch.from_numpy(made.decoder_input_ids)
-            decoder = _packed(windows, made.decoder_seq_lens, stretch=2)
+            decoder = _packed(samples, made.decoder_seq_lens, stretch=2)
             fields |= {f"decoder_{name}": value for name, value in decoder.items()}
         return Batch(
             input_ids=torch.from_numpy(made.input_ids),
             labels=torch.from_numpy(made.labels),
             num_labels=made.num_labels,
-            samples=tuple(indices.tolist()),
+            samples=tuple(pieces.ids.tolist()),
             **fields,
         )
 
-    def _read_windows(self, first_sample: int, indices: NDArray[np.int64]) -> Windows:
-        """The windows of the samples from `first_sample` on, cut into segments."""
-        starts = indices * self.seq_len
-        stops = np.minimum(starts + self.seq_len, self.num_positions)
-        offsets = np.arange(len(indices)) * self.seq_len  # of each window in the batch
-        total = int(offsets[-1] + stops[-1] - starts[-1])  # only the last window of a batch can be short
-        boundaries = self._boundaries(starts, stops, offsets)
-        begins = np.zeros(total + 1, np.bool_)
-        begins[offsets] = begins[boundaries] = begins[total] = True
-        return Windows(
-            rows=self._rows(starts, stops),
+    def _read_pieces(self, first_sample: int, pieces: Pieces) -> Samples:
+        """The pieces of the samples from `first_sample` on, cut into segments."""
+        lengths = pieces.stops - pieces.starts
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        samples = np.arange(len(pieces.ids))
+        # what is added to a token's place in the batch to get its key
+        shifts = (first_sample + samples) * self.seq_len - begins[np.searchsorted(pieces.samples, samples)]
+        boundaries = self._boundaries(pieces, begins, ends)
+        tokens, behind = self._tokens(pieces, lengths)
+        total = len(tokens)
+        opens = np.zeros(total + 1, np.bool_)
+        opens[begins] = opens[boundaries] = opens[total] = True
+        return Samples(
+            tokens=tokens,
+            token_keys=np.arange(total) + np.repeat(shifts[pieces.samples], lengths),
+            cu_seqlens=np.flatnonzero(opens),
             boundaries=boundaries,
-            cu_seqlens=np.flatnonzero(begins),
-            first_key=first_sample * self.seq_len,
-            stops=stops,
-            stream_size=self.split.num_tokens,
+            ends=ends,
+            behind=behind,
+            stops=pieces.stops,
+            seq_len=self.seq_len,
+            stream_size=self.stream.num_tokens,
             read=self._read,
         )
 
-    def _rows(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[Any]:
-        """The windows' tokens and the one after each: [n, seq_len + 1], zeros behind a short one."""
-        ranges = zip(starts.tolist(), (stops + 1).tolist(), strict=True)
-        rows = [self.split.read(start, stop) for start, stop in ranges]
-        if len(rows[-1]) <= self.seq_len:
-            rows.append(np.zeros(self.seq_len + 1 - len(rows[-1]), rows[-1].dtype))
-        tokens = np.concatenate(rows).reshape(len(starts), self.seq_len + 1)
-        if tokens.max() >= self.vocab_size:
-            row, column = np.argwhere(tokens >= self.vocab_size)[0]
-            raise self._beyond_vocabulary(tokens[row, column], starts[row] + column)
-        return tokens
+    def _tokens(
+        self, pieces: Pieces, lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The pieces' tokens [T], and the token behind each of them [P]; its last one at the stream's end."""
+        stops = np.minimum(pieces.stops + 1, self.stream.num_tokens)
+        ranges = list(zip(pieces.starts.tolist(), stops.tolist(), strict=True))
+        runs = [self.stream.read(start, stop) for start, stop in ranges]
+        own = [run[:length] for run, length in zip(runs, lengths.tolist(), strict=True)]
+        tokens: NDArray[np.int64] = np.concatenate(own, dtype=np.int64)
+        behind = np.array([run[-1] for run in runs], np.int64)
+        if max(tokens.max(), behind.max()) >= self.vocab_size:
+            for start, stop in ranges:
+                self._read(start, stop)
+        return tokens, behind
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start .. stop - 1 of the stream."""
-        tokens = self.split.read(start, stop)
+        tokens = self.stream.read(start, stop)
         if tokens.max(initial=0) >= self.vocab_size:
             place = int(np.argmax(tokens >= self.vocab_size))
             raise self._beyond_vocabulary(tokens[place], start + place)
@@ -190,34 +182,35 @@ class Loader:
     def _beyond_vocabulary(self, token: int, place: int) -> DataProblem:
         return DataProblem(
             f"token {place} is {token}, beyond the vocabulary of {self.vocab_size}",
-            where=f"data set, {self.split.name} split",
+            where=f"data set, {self.stream.name} split",
             fix="prepare the data set again with the tokenizer that belongs to it",
         )
 
     def _boundaries(
-        self, starts: NDArray[np.int64], stops: NDArray[np.int64], offsets: NDArray[np.int64]
+        self, pieces: Pieces, begins: NDArray[np.int64], ends: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Flat positions, 1 .. T, at which a document begins inside or right behind a window."""
-        first, last = self.split.documents_before(np.concatenate([starts, stops]) + 1).reshape(2, -1)
+        """Places in the batch, 1 .. T, at which a document begins inside or right behind a piece."""
+        positions = np.concatenate([pieces.starts, pieces.stops]) + 1
+        first, last = self.stream.documents_before(positions).reshape(2, -1)
         counts = last - first
         documents = np.arange(counts.sum()) + np.repeat(last - np.cumsum(counts), counts)
-        return self.split.document_positions(documents) + np.repeat(offsets - starts, counts)
+        inside = self.stream.document_positions(documents) + np.repeat(begins - pieces.starts, counts)
+        return np.concatenate([inside, ends[pieces.stops == self.stream.num_tokens]])  # the end of all
 
 
-def _packed(windows: Windows, seq_lens: NDArray[np.int64] | None, stretch: int) -> dict[str, Any]:
+def _packed(samples: Samples, seq_lens: NDArray[np.int64] | None, stretch: int) -> dict[str, Any]:
     """Places, positions and keys of one document for each segment, of the segments' lengths where None.
 
     Its tokens' keys count from `stretch` times the segment's first key, so they are its own if it has at most
     `stretch` times the segment's length.
     """
     if seq_lens is None:
-        lengths, cu_seqlens = windows.seq_lens, windows.cu_seqlens
+        lengths, cu_seqlens, keys = samples.seq_lens, samples.cu_seqlens, samples.token_keys
         index = np.arange(cu_seqlens[-1])
-        keys = windows.first_key + index
     else:
         lengths, cu_seqlens = seq_lens, np.append(0, np.cumsum(seq_lens))
         index = np.arange(cu_seqlens[-1])
-        keys = index + np.repeat(stretch * windows.segment_keys - cu_seqlens[:-1], lengths)
+        keys = index + np.repeat(stretch * samples.segment_keys - cu_seqlens[:-1], lengths)
     return {
         "position_ids": torch.from_numpy(index - np.repeat(cu_seqlens[:-1], lengths)),
         "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bigtfm.config.sections import ObjectiveSection
 from bigtfm.data.order import random_bits, stream_key, uniform
-from bigtfm.data.windows import IGNORE, Examples, Windows
+from bigtfm.data.samples import IGNORE, Examples, Samples
 
 if TYPE_CHECKING:
     from bigtfm.data.special import SpecialIds
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PAIR_TOKENS = 16  # a shorter segment makes no pair: it says too little to tell what follows it
 
 
-def masked_lm(windows: Windows, *, options: ObjectiveSection, special: SpecialIds, seed: int) -> Examples:
+def masked_lm(samples: Samples, *, options: ObjectiveSection, special: SpecialIds, seed: int) -> Examples:
     """Hidden tokens are predicted where they stood.
 
     A token is chosen with probability `mask_fraction`, with `whole_words` all tokens of a word or none. Of
@@ -26,15 +26,15 @@ def masked_lm(windows: Windows, *, options: ObjectiveSection, special: SpecialId
     are neither chosen nor put anywhere. With `next_sentence` the text is one of pairs first.
     """
     assert special.mask is not None, "special_ids gives masked_lm a mask"
-    tokens, token_types, next_sentence_labels = windows.tokens, None, None
+    tokens, token_types, next_sentence_labels = samples.tokens.copy(), None, None
     if options.next_sentence:
-        tokens, token_types, next_sentence_labels = sentence_pairs(windows, special, seed)
-    keys = windows.first_key + np.arange(len(tokens))  # [T]
+        tokens, token_types, next_sentence_labels = sentence_pairs(samples, special, seed)
+    keys = samples.token_keys
     is_special = special.is_special[tokens]
 
     draw = uniform(keys, stream_key(seed, "mask"))
     if options.whole_words:
-        draw = draw[_word_begins(tokens, is_special, windows.cu_seqlens, special)]
+        draw = draw[_word_begins(tokens, is_special, samples.cu_seqlens, special)]
     chosen = np.flatnonzero((draw < options.mask_fraction) & ~is_special)  # [M]
     labels = np.full_like(tokens, IGNORE)
     labels[chosen] = tokens[chosen]
@@ -70,30 +70,28 @@ def _word_begins(
 
 
 def sentence_pairs(
-    windows: Windows, special: SpecialIds, seed: int
+    samples: Samples, special: SpecialIds, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Makes each segment of at least PAIR_TOKENS tokens a pair, `BOS A EOS B EOS`, no longer than it was.
 
     A and B are the segment's text, less what does not fit, cut at a random place; every second B is replaced
-    by as many tokens of text from a place in the stream outside the window.
+    by as many tokens of text from a place in the stream outside the piece.
 
     Returns:
         tokens [T]; token types [T], 0 up to the first EOS of a pair and 1 behind it; labels [N], 0 where B
         follows A, 1 where it does not, -100 where there is no pair.
     """
-    tokens = windows.tokens
+    tokens = samples.tokens.copy()
     token_types = np.zeros_like(tokens)
-    labels = np.full(len(windows.cu_seqlens) - 1, IGNORE)
-    paired = np.flatnonzero(windows.seq_lens >= PAIR_TOKENS)
-    begins, ends, keys = (
-        column[paired] for column in (windows.cu_seqlens, windows.cu_seqlens[1:], windows.segment_keys)
-    )
+    labels = np.full(len(samples.cu_seqlens) - 1, IGNORE)
+    paired = np.flatnonzero(samples.seq_lens >= PAIR_TOKENS)
+    begins, ends = samples.cu_seqlens[paired], samples.cu_seqlens[paired + 1]
+    keys, stops = samples.segment_keys[paired], samples.segment_stops[paired]
     sizes = ends - begins - 3  # of A and B together
     cuts = 1 + (uniform(keys, stream_key(seed, "pair: cut")) * (sizes - 1)).astype(np.int64)
     labels[paired] = random_bits(keys, stream_key(seed, "pair: B")) >> np.uint64(63)
-    stops = windows.stops[begins // (windows.rows.shape[1] - 1)]
     draw = uniform(keys, stream_key(seed, "pair: elsewhere"))
-    outside = max(windows.stream_size - windows.rows.shape[1] + 1, 1)  # places behind and before the window
+    outside = max(samples.stream_size - samples.seq_len, 1)  # places behind and before the piece
     elsewhere = stops + (draw * outside).astype(np.int64)
     for begin, end, size, cut, label, place in zip(
         *(column.tolist() for column in (begins, ends, sizes, cuts, labels[paired], elsewhere)), strict=True
@@ -101,20 +99,20 @@ def sentence_pairs(
         text = begin + (tokens[begin] == special.bos)
         a, b = tokens[text : text + cut], tokens[text + cut : text + size]
         if label:
-            b = _text(windows, place, len(b), special)
+            b = _text(samples, place, len(b), special)
         tokens[begin:end] = np.concatenate([[special.bos], a, [special.eos], b, [special.eos]])
         token_types[begin + cut + 2 : end] = 1
     return tokens, token_types, labels
 
 
-def _text(windows: Windows, place: int, count: int, special: SpecialIds) -> NDArray[np.int64]:
+def _text(samples: Samples, place: int, count: int, special: SpecialIds) -> NDArray[np.int64]:
     """`count` tokens of text, no BOS or EOS, from `place` on; the stream's end leads to its beginning."""
     parts: list[NDArray[np.int64]] = []
     missing, seen = count, 0
     while missing > 0:
-        assert seen <= windows.stream_size, "a stream of BOS and EOS alone"
-        start = place % windows.stream_size
-        read = windows.read(start, min(start + missing, windows.stream_size)).astype(np.int64)
+        assert seen <= samples.stream_size, "a stream of BOS and EOS alone"
+        start = place % samples.stream_size
+        read = samples.read(start, min(start + missing, samples.stream_size)).astype(np.int64)
         text = read[(read != special.bos) & (read != special.eos)]
         parts.append(text)
         missing, seen, place = missing - len(text), seen + len(read), start + len(read)

@@ -1,7 +1,7 @@
-"""Objectives: what a model reads of windows of tokens, and what it has to predict. Pure numpy.
+"""Objectives: what a model reads of samples of tokens, and what it has to predict. Pure numpy.
 
-Each is a function of Windows. What it draws at random is a function of the seed, the sample's number and the
-place in its window alone (bigtfm/data/order.py): not of rank, batch, worker or history.
+Each is a function of Samples. What it draws at random is a function of the seed, the sample's number and the
+place in it alone (bigtfm/data/order.py): not of rank, batch, worker or history.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import numpy as np
 
 from bigtfm.config.sections import Objective, ObjectiveSection
 from bigtfm.data.masking import masked_lm
+from bigtfm.data.samples import IGNORE, Examples, Samples
 from bigtfm.data.spans import infilling, span_corruption
 from bigtfm.data.special import SpecialIds
-from bigtfm.data.windows import IGNORE, Examples, Windows
 
-MakeExamples = Callable[[Windows], Examples]
+MakeExamples = Callable[[Samples], Examples]
 
 
-def causal_lm(windows: Windows) -> Examples:
+def causal_lm(samples: Samples) -> Examples:
     """A position's label is the token after it, unless that begins another document."""
-    total = int(windows.cu_seqlens[-1])
-    labels = windows.rows[:, 1:].astype(np.int64).reshape(-1)
-    labels[windows.boundaries - 1] = IGNORE
-    return Examples(windows.tokens, labels[:total], total - len(windows.boundaries))
+    labels = np.empty_like(samples.tokens)
+    labels[:-1] = samples.tokens[1:]
+    labels[samples.ends - 1] = samples.behind
+    labels[samples.boundaries - 1] = IGNORE
+    return Examples(samples.tokens, labels, len(labels) - len(samples.boundaries))
 
 
 def make_objective(

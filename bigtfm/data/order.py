@@ -8,6 +8,7 @@ What an objective draws at random is a function in the same way, of a stream's k
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from math import isqrt
 from typing import NamedTuple, Protocol
 
@@ -32,12 +33,79 @@ class Pieces(NamedTuple):
     starts: NDArray[np.int64]  # [P], first position in the stream
     stops: NDArray[np.int64]  # [P], the position behind the last one
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all of them."""
+        return int((self.stops - self.starts).sum())
+
 
 class Order(Protocol):
     """Which samples a run takes, by their numbers from 0 on. A function: nothing is drawn or remembered."""
 
+    @property
+    def num_samples(self) -> int:
+        """How many there are; MAX_SIZE: there is no end."""
+
     def pieces(self, first: int, count: int) -> Pieces:
         """The samples first .. first + count - 1."""
+
+
+class Source(Protocol):
+    """A data set cut into samples, which have indices from 0 on."""
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """On the average."""
+
+    def pieces(self, indices: NDArray[np.int64]) -> Pieces:
+        """The samples of these indices [count], which are their ids."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A source whose samples are windows of `seq_len` consecutive tokens, each with a token behind it.
+
+    Window i holds the source's tokens i * seq_len .. (i + 1) * seq_len - 1. What is left over at its end
+    makes a shorter one, unless only `full` ones are asked for.
+    """
+
+    num_tokens: int  # of the source
+    seq_len: int
+    full: bool = True
+    start: int = 0  # the source's first position in the stream
+
+    @property
+    def size(self) -> int:
+        positions = max(0, self.num_tokens - 1)  # the last token is only ever a label
+        return positions // self.seq_len if self.full else -(-positions // self.seq_len)
+
+    @property
+    def tokens_per_sample(self) -> float:
+        return self.seq_len if self.full else (self.num_tokens - 1) / self.size
+
+    def pieces(self, indices: NDArray[np.int64]) -> Pieces:
+        starts = self.start + indices * self.seq_len
+        stops = np.minimum(starts + self.seq_len, self.start + self.num_tokens - 1)
+        return Pieces(indices, np.arange(len(indices)), starts, stops)
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """The order of a source's own indices, once."""
+
+    source: Source
+
+    @property
+    def num_samples(self) -> int:
+        return self.source.size
+
+    def pieces(self, first: int, count: int) -> Pieces:
+        assert first + count <= self.num_samples, "there is one epoch"
+        return self.source.pieces(np.arange(first, first + count))
 
 
 def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -125,19 +193,18 @@ def epoch_key(seed: int, epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
     return mix64(mix64(np.array([seed], np.uint64)) + epoch.astype(np.uint64) * np.uint64(GOLDEN))
 
 
-def sample_windows(first: int, count: int, size: int, seed: int) -> NDArray[np.int64]:
-    """Window index of the samples first .. first + count - 1: int64 [count], values in [0, size).
+def shuffled(numbers: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """Indices, in [0, size), of the samples of these numbers, in ascending order: int64 [n] -> int64 [n].
 
-    Sample n belongs to epoch n // size; each epoch runs through all windows once, in an order of its own.
+    Sample n belongs to epoch n // size; each epoch runs through all indices once, in an order of its own.
     """
-    sample = np.arange(first, first + count)
-    epoch = sample // size
-    place = sample - epoch * size
-    if count and epoch[0] == epoch[-1]:
+    epoch = numbers // size
+    places = numbers - epoch * size
+    if len(numbers) and epoch[0] == epoch[-1]:
         epoch = epoch[:1]
-    return permute(place, size, epoch_key(seed, epoch))
+    return permute(places, size, epoch_key(seed, epoch))
 
 
 def digest(samples: NDArray[np.int64]) -> str:
-    """Fingerprint of sample numbers or window indices: 16 hex digits, BLAKE2b over little-endian int64."""
+    """Fingerprint of sample numbers or ids: 16 hex digits, BLAKE2b over little-endian int64."""
     return hashlib.blake2b(np.asarray(samples, dtype="<i8").tobytes(), digest_size=8).hexdigest()

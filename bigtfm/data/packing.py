@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bigtfm.config.problems import DataProblem
-from bigtfm.data.windows import IGNORE
+from bigtfm.data.samples import IGNORE
 
 
 def unpad(

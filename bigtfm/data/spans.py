@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bigtfm.config.sections import ObjectiveSection
 from bigtfm.data.order import stream_key, uniform
-from bigtfm.data.windows import IGNORE, Examples, Windows, choose, places, within
+from bigtfm.data.samples import IGNORE, Examples, Samples, choose, places, within
 
 if TYPE_CHECKING:
     from bigtfm.data.special import SpecialIds
@@ -36,7 +36,7 @@ def span_sizes(lengths: Ints, options: ObjectiveSection) -> tuple[Ints, Ints]:
 
 
 def span_corruption(
-    windows: Windows, *, options: ObjectiveSection, special: SpecialIds, seed: int
+    samples: Samples, *, options: ObjectiveSection, special: SpecialIds, seed: int
 ) -> Examples:
     """T5's objective (Raffel et al. 2020, section 3.1.4): the decoder writes the spans that were cut out.
 
@@ -47,14 +47,13 @@ def span_corruption(
     any other. (T5's code lets every text end with a hidden span: a short one would only ever lose its end.)
     Where there is nothing to hide the decoder reads its start token, without label.
     """
-    tokens, begins = windows.tokens, windows.cu_seqlens[:-1]
-    starts, lengths = text_of(windows, tokens, special)
+    tokens, begins = samples.tokens, samples.cu_seqlens[:-1]
+    starts, lengths = text_of(samples, tokens, special)
     lengths = np.where(lengths < 2, 0, lengths)  # nothing is hidden there
     hidden_counts, span_counts = span_sizes(lengths, options)
     hidden = np.zeros(len(tokens), np.bool_)
-    hidden[places(starts, lengths)] = _noise(
-        lengths, hidden_counts, span_counts, windows.first_key + starts, seed
-    )
+    keys = samples.segment_keys + starts - begins
+    hidden[places(starts, lengths)] = _noise(lengths, hidden_counts, span_counts, keys, seed)
     opens = hidden.copy()  # where a span begins
     opens[1:] &= ~hidden[:-1]
     opens[starts[lengths > 0]] = hidden[starts[lengths > 0]]
@@ -66,7 +65,7 @@ def span_corruption(
 
     # A place of the segment writes a sentinel where a span opens, its token if hidden, EOS if it is the last.
     closes = np.zeros_like(hidden)
-    closes[windows.cu_seqlens[1:] - 1] = True
+    closes[samples.cu_seqlens[1:] - 1] = True
     written = hidden.astype(np.int64) + opens + closes
     ends = np.cumsum(written)
     target = np.empty(ends[-1], np.int64)
@@ -85,7 +84,7 @@ def span_corruption(
     )
 
 
-def infilling(windows: Windows, *, options: ObjectiveSection, special: SpecialIds, seed: int) -> Examples:
+def infilling(samples: Samples, *, options: ObjectiveSection, special: SpecialIds, seed: int) -> Examples:
     """BART's text infilling (Lewis et al. 2020, section 2.2): the decoder writes the whole segment, its BOS
     only where that is not what it starts with.
 
@@ -94,9 +93,9 @@ def infilling(windows: Windows, *, options: ObjectiveSection, special: SpecialId
     are at most as many as keep the encoder's document no longer than the segment.
     """
     assert special.mask is not None, "special_ids gives infilling a mask"
-    tokens = windows.tokens
-    starts, lengths = text_of(windows, tokens, special)
-    keys = windows.first_key + starts
+    tokens = samples.tokens
+    starts, lengths = text_of(samples, tokens, special)
+    keys = samples.segment_keys + starts - samples.cu_seqlens[:-1]
     owner, spans = _poisson_spans(lengths, keys, options, seed)  # [K] segment and length of each span
     span_counts = np.bincount(owner, minlength=len(lengths))
     hidden_counts = np.bincount(owner, spans, len(lengths)).astype(np.int64)
@@ -108,16 +107,16 @@ def infilling(windows: Windows, *, options: ObjectiveSection, special: SpecialId
     source = np.append(tokens[places(starts, lengths)], special.mask)  # one more: a mask may stand at the end
     text = np.where(masked, special.mask, source[np.cumsum(takes) - takes])
 
-    seq_lens = windows.seq_lens - lengths + sizes
+    seq_lens = samples.seq_lens - lengths + sizes
     is_text = np.zeros(len(tokens), np.bool_)
     is_text[places(starts, lengths)] = True
-    begins = np.cumsum(seq_lens) - seq_lens + starts - windows.cu_seqlens[:-1]
+    begins = np.cumsum(seq_lens) - seq_lens + starts - samples.cu_seqlens[:-1]
     encoder_text = np.zeros(seq_lens.sum(), np.bool_)
     encoder_text[places(begins, sizes)] = True
     encoder = np.empty(len(encoder_text), np.int64)
     encoder[encoder_text] = text
     encoder[~encoder_text] = tokens[~is_text]
-    target, decoder_lengths = _whole(windows, tokens, special)
+    target, decoder_lengths = _whole(samples, tokens, special)
     encoder, seq_lens = _read(encoder, seq_lens, special)
     return Examples(
         encoder,
@@ -134,11 +133,11 @@ def _read(encoder: Ints, lengths: Ints, special: SpecialIds) -> tuple[Ints, Ints
     return _without_bos(encoder, lengths, special) if special.bos == special.eos else (encoder, lengths)
 
 
-def _whole(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
+def _whole(samples: Samples, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
     """What infilling writes, and its lengths: the segments, without BOS unless it is written. A lone BOS
     leaves nothing to write: its place has no label.
     """
-    begins, lengths = windows.cu_seqlens[:-1], windows.seq_lens
+    begins, lengths = samples.cu_seqlens[:-1], samples.seq_lens
     if special.writes_bos:
         return tokens, lengths
     target, lone = tokens.copy(), (tokens[begins] == special.bos) & (lengths == 1)
@@ -155,9 +154,9 @@ def _without_bos(ids: Ints, lengths: Ints, special: SpecialIds) -> tuple[Ints, I
     return ids[kept], lengths - dropped
 
 
-def text_of(windows: Windows, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
+def text_of(samples: Samples, tokens: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
     """Where each segment's text begins in `tokens`, and its length: [N], [N]."""
-    begins, lasts = windows.cu_seqlens[:-1], windows.cu_seqlens[1:] - 1
+    begins, lasts = samples.cu_seqlens[:-1], samples.cu_seqlens[1:] - 1
     starts = begins + (tokens[begins] == special.bos)
     return starts, np.maximum(lasts + (tokens[lasts] != special.eos) - starts, 0)
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from bigtfm.check import render, resolve
-from bigtfm.config.deepspeed import load_deepspeed_json
+from bigtfm.check import Resolved, render, resolve
+from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import RunConfig, load_run_config
+from bigtfm.data.mixture import training_order
 from bigtfm.planner.memory import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,9 +48,16 @@ class Dataset:
 
     vocab_size: int = 50257
     num_tokens: int = 9_000_000_000
+    path: str = "data/some"
 
     def split(self, name: str) -> Dataset:
         return self
+
+
+def come_to(run: RunConfig, deepspeed: DeepSpeedConfig, ranks: int, tokens: int = 9_000_000_000) -> Resolved:
+    datasets: Any = (Dataset(num_tokens=tokens),)
+    order = training_order(datasets, run.data, run.seq_len, run.run.seed)
+    return resolve(run, deepspeed, ranks, datasets, order, 50257)
 
 
 def name(path: Path) -> str:
@@ -68,7 +76,7 @@ def test_all_are_there() -> None:
 def test_every_pair_resolves(config: Path, preset: Path) -> None:
     run, deepspeed = load_run_config(config), load_deepspeed_json(preset)
     for world_size in (1, 2, 4) if deepspeed.precision == "fp32" else (8, 16, 64):
-        resolved = resolve(run, deepspeed, world_size, Dataset(), 50257)  # type: ignore[arg-type]
+        resolved = come_to(run, deepspeed, world_size)
         assert resolved.micro_batch * resolved.accumulation * world_size == resolved.global_batch
         assert resolved.tokens_per_step == resolved.global_batch * run.seq_len
         assert resolved.steps == deepspeed.horizon
@@ -140,15 +148,15 @@ def test_headers_say_what_to_expect(config: Path) -> None:
 
 def test_steps_stop_earlier_never_later() -> None:
     deepspeed = load_deepspeed_json(ROOT / "ds_configs" / "zero1_fp32.json")
-    short = resolve(load_run_config(None, ["steps=20"]), deepspeed, 1, Dataset(), 50257)  # type: ignore[arg-type]
+    short = come_to(load_run_config(None, ["steps=20"]), deepspeed, 1)
     assert (short.steps, short.horizon) == (20, 400)
     with pytest.raises(ConfigProblem, match=r"run\.steps 401 is larger than .* 400"):
-        resolve(load_run_config(None, ["steps=401"]), deepspeed, 1, Dataset(), 50257)  # type: ignore[arg-type]
+        come_to(load_run_config(None, ["steps=401"]), deepspeed, 1)
 
 
 def test_epochs() -> None:
     deepspeed = load_deepspeed_json(ROOT / "ds_configs" / "zero1_fp32.json")
-    resolved = resolve(load_run_config(None), deepspeed, 2, Dataset(num_tokens=16 * 128 * 100), 50257)  # type: ignore[arg-type]
+    resolved = come_to(load_run_config(None), deepspeed, 2, 16 * 128 * 100 + 1)
     assert (resolved.steps_per_epoch, resolved.epochs) == (100.0, 4.0)
 
 
@@ -186,7 +194,7 @@ def test_files_that_do_not_fit_together(
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigProblem) as caught:
-        resolve(load_run_config(None, overrides), load_deepspeed_json(path), 2, Dataset(), 50257)  # type: ignore[arg-type]
+        come_to(load_run_config(None, overrides), load_deepspeed_json(path), 2)
     assert fragment in caught.value.line
     assert "\n" not in caught.value.line
 
@@ -194,7 +202,7 @@ def test_files_that_do_not_fit_together(
 def test_too_little_text() -> None:
     deepspeed = load_deepspeed_json(ROOT / "ds_configs" / "zero1_fp32.json")
     with pytest.raises(DataProblem, match="128 tokens, too few"):
-        resolve(load_run_config(None), deepspeed, 1, Dataset(num_tokens=128), 50257)  # type: ignore[arg-type]
+        come_to(load_run_config(None), deepspeed, 1, 128)
 
 
 def test_the_table_shows_the_truths() -> None:
@@ -202,7 +210,7 @@ def test_the_table_shows_the_truths() -> None:
 
     deepspeed = load_deepspeed_json(ROOT / "ds_configs" / "zero2_fp32.json")
     console = Console(width=120, record=True, file=StringIO())
-    console.print(render(resolve(load_run_config(None), deepspeed, 2, Dataset(), 50257), "sdpa: CPU"))  # type: ignore[arg-type]
+    console.print(render(come_to(load_run_config(None), deepspeed, 2), "sdpa: CPU"))
     shown = console.export_text()
     for truth in (
         "16 sequences = 4 micro batch x 2 accumulation x 2 ranks",

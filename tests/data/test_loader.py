@@ -1,18 +1,20 @@
 import hashlib
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaders import windows_loader
 from memory_split import MemorySplit
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.indexed import Header, TokenDataset
-from bigtfm.data.loader import BLOCK, Batch, Loader
+from bigtfm.data.loader import Batch
+from bigtfm.data.mixture import BLOCK
+from bigtfm.data.order import Windows
 
 VOCAB = 1000
 
@@ -61,13 +63,13 @@ def check(batch, split, seq_len, first_sample):
 def test_a_batch_is_what_the_definition_says(lengths, seq_len, count, first, dtype):
     split = MemorySplit(lengths, dtype=dtype)
     if split.num_tokens > seq_len:
-        loader = Loader(split, seq_len, seed=1, vocab_size=VOCAB)
-        assert loader.num_windows == (split.num_tokens - 1) // seq_len
+        loader = windows_loader(split, seq_len, seed=1, vocab_size=VOCAB)
         check(loader.batch(first, count), split, seq_len, first)
     if split.num_tokens > 1:
-        loader = Loader(split, seq_len, seed=1, vocab_size=VOCAB, shuffle=False)
-        first %= loader.num_windows
-        count = min(count, loader.num_windows - first)
+        loader = windows_loader(split, seq_len, seed=1, vocab_size=VOCAB, shuffle=False)
+        assert loader.num_samples == -(-(split.num_tokens - 1) // seq_len)
+        first %= loader.num_samples
+        count = min(count, loader.num_samples - first)
         batch = loader.batch(first, count)
         assert batch.samples == tuple(range(first, first + count))
         check(batch, split, seq_len, first)
@@ -96,9 +98,9 @@ def same(a, b):
 def test_a_batch_does_not_depend_on_how_samples_are_split(shuffle, first):
     split = MemorySplit(np.random.default_rng(0).integers(2, 60, 2000))
     seq_len = 12
-    loader = Loader(split, seq_len, seed=7, vocab_size=VOCAB, shuffle=shuffle)
+    loader = windows_loader(split, seq_len, seed=7, vocab_size=VOCAB, shuffle=shuffle)
     whole = loader.batch(first, 4)
-    fresh = Loader(split, seq_len, seed=7, vocab_size=VOCAB, shuffle=shuffle)
+    fresh = windows_loader(split, seq_len, seed=7, vocab_size=VOCAB, shuffle=shuffle)
     second = fresh.batch(first + 2, 2)  # asked in another order, by another loader
     parts = joined(fresh.batch(first, 2), second)
     assert same(whole, parts)
@@ -109,11 +111,11 @@ def test_a_batch_does_not_depend_on_how_samples_are_split(shuffle, first):
 
 def test_every_token_of_a_validation_split_is_predicted_once():
     split = MemorySplit(np.random.default_rng(1).integers(2, 50, 100))
-    loader = Loader(split, 64, seed=0, vocab_size=VOCAB, shuffle=False)
+    loader = windows_loader(split, 64, seed=0, vocab_size=VOCAB, shuffle=False)
     assert (split.num_tokens - 1) % 64, "the last window has to be a partial one here"
     labels = []
-    for first in range(0, loader.num_windows, 5):
-        labels += loader.batch(first, min(5, loader.num_windows - first)).labels.tolist()
+    for first in range(0, loader.num_samples, 5):
+        labels += loader.batch(first, min(5, loader.num_samples - first)).labels.tolist()
     predicted = np.array([label for label in labels if label != -100])
     begins = np.zeros(split.num_tokens, bool)
     begins[split.starts] = True
@@ -122,8 +124,8 @@ def test_every_token_of_a_validation_split_is_predicted_once():
 
 
 def test_an_epoch_has_every_full_window_once_and_the_next_another_order():
-    loader = Loader(MemorySplit([40] * 50), 16, seed=0, vocab_size=VOCAB)
-    n = loader.num_windows
+    loader = windows_loader(MemorySplit([40] * 50), 16, seed=0, vocab_size=VOCAB)
+    n = (50 * 40 - 1) // 16
     first, second = loader.batch(0, n), loader.batch(n, n)
     assert sorted(first.samples) == sorted(second.samples) == list(range(n))
     assert first.samples != second.samples
@@ -134,14 +136,16 @@ def test_an_epoch_has_every_full_window_once_and_the_next_another_order():
 
 def test_the_seed_chooses_the_order():
     split = MemorySplit([40] * 50)
-    assert len({Loader(split, 16, seed, VOCAB).batch(0, 20).samples for seed in range(10)}) == 10
+    assert len({windows_loader(split, 16, seed, VOCAB).batch(0, 20).samples for seed in range(10)}) == 10
 
 
 def test_the_memo_of_a_block_changes_nothing():
-    loader = Loader(MemorySplit([40] * 500), 16, seed=3, vocab_size=VOCAB)
+    loader = windows_loader(MemorySplit([40] * 500), 16, seed=3, vocab_size=VOCAB)
     samples = [0, BLOCK + 5, 2, 3 * BLOCK - 1, BLOCK - 1]
     jumping = [loader.batch(n, 2).samples for n in samples]
-    assert jumping == [Loader(MemorySplit([40] * 500), 16, 3, VOCAB).batch(n, 2).samples for n in samples]
+    assert jumping == [
+        windows_loader(MemorySplit([40] * 500), 16, 3, VOCAB).batch(n, 2).samples for n in samples
+    ]
     parts = [loader.batch(n, 1024).samples for n in range(0, 2 * BLOCK, 1024)]
     assert loader.batch(0, 2 * BLOCK).samples == sum(parts, ())
 
@@ -186,41 +190,41 @@ def test_a_data_set_on_disk_gives_the_same_batches(tmp_path, files, dtype):
     write_dataset(tmp_path, memory, files)
     dataset = TokenDataset.open(tmp_path)
     for name, shuffle in (("train", True), ("validation", False)):
-        loader = Loader(dataset.split(name), 100, 4, dataset.vocab_size, shuffle=shuffle)
-        expected = Loader(memory, 100, 4, VOCAB, shuffle=shuffle)
-        assert loader.num_windows == expected.num_windows
-        for first in range(0, loader.num_windows, 7):
-            count = min(7, loader.num_windows - first)
+        loader = windows_loader(dataset.split(name), 100, 4, dataset.vocab_size, shuffle=shuffle)
+        expected = windows_loader(memory, 100, 4, VOCAB, shuffle=shuffle)
+        assert loader.num_samples == expected.num_samples
+        n = (memory.num_tokens - 1) // 100 + (not shuffle)
+        for first in range(0, n, 7):
+            count = min(7, n - first)
             assert same(loader.batch(first, count), expected.batch(first, count))
 
 
 def test_an_id_outside_the_vocabulary_is_named_with_its_position():
     split = MemorySplit([30] * 10)
     split.tokens[137] = VOCAB
-    loader = Loader(split, 16, seed=0, vocab_size=VOCAB, shuffle=False)
+    loader = windows_loader(split, 16, seed=0, vocab_size=VOCAB, shuffle=False)
     assert loader.batch(0, 8).num_labels  # positions up to 128
     with pytest.raises(DataProblem, match=rf"token 137 is {VOCAB}, beyond") as caught:
         loader.batch(7, 4)
     assert caught.value.exit_code == 65
-    assert Loader(split, 16, 0, VOCAB + 1, shuffle=False).batch(7, 4).num_labels
+    assert windows_loader(split, 16, 0, VOCAB + 1, shuffle=False).batch(7, 4).num_labels
 
 
-@pytest.mark.parametrize(("tokens", "shuffle"), [(16, True), (1, True), (0, True), (1, False), (0, False)])
-def test_a_split_that_is_too_short_says_so(tokens, shuffle):
-    split = SimpleNamespace(num_tokens=tokens, name="train")
-    with pytest.raises(DataProblem, match=f"{tokens} tokens are too few") as caught:
-        Loader(split, 16, seed=0, vocab_size=VOCAB, shuffle=shuffle)
-    assert "data.seq_len" in caught.value.line
+@pytest.mark.parametrize(
+    ("tokens", "full", "size"), [(16, 1, 0), (17, 1, 1), (0, 1, 0), (1, 0, 0), (2, 0, 1)]
+)
+def test_how_many_windows_there_are(tokens, full, size):
+    assert Windows(tokens, 16, full=bool(full)).size == size
 
 
 def test_one_window_is_enough():
-    batch = Loader(MemorySplit([17]), 16, seed=0, vocab_size=VOCAB).batch(5, 3)
+    batch = windows_loader(MemorySplit([17]), 16, seed=0, vocab_size=VOCAB).batch(5, 3)
     assert batch.samples == (0, 0, 0)
     assert batch.cu_seqlens.tolist() == [0, 16, 32, 48]
 
 
 def test_model_inputs_and_devices():
-    batch = Loader(MemorySplit([40] * 50), 16, seed=0, vocab_size=VOCAB).batch(0, 2)
+    batch = windows_loader(MemorySplit([40] * 50), 16, seed=0, vocab_size=VOCAB).batch(0, 2)
     assert set(batch.model_inputs()) == {
         "input_ids",
         "labels",
@@ -242,7 +246,7 @@ def test_model_inputs_and_devices():
 def test_a_batch_does_not_alias_the_data_set():
     split = MemorySplit([40] * 50)
     before = split.tokens.copy()
-    batch = Loader(split, 16, seed=0, vocab_size=VOCAB).batch(0, 2)
+    batch = windows_loader(split, 16, seed=0, vocab_size=VOCAB).batch(0, 2)
     batch.input_ids.zero_()
     batch.labels.zero_()
     assert np.array_equal(split.tokens, before)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loaders import windows_loader
 
 from bigtfm.config.run import load_run_config
 from bigtfm.data.indexed import TokenDataset
-from bigtfm.data.loader import Loader
 from bigtfm.data.objectives import IGNORE, make_objective
 from bigtfm.data.prepare import prepare
 from bigtfm.data.special import special_ids
@@ -30,7 +30,7 @@ def test_masked_accuracy_is_three_times_the_unigrams(tmp_path: Path) -> None:
     special = special_ids(load_tokenizer(dataset.tokenizer_path), run)
     objective = make_objective(run.objective, run.objective_kind, special, run.run.seed)
     train, validation = (
-        Loader(dataset.split(name), run.seq_len, 1, dataset.vocab_size, objective=objective, shuffle=shuffle)
+        windows_loader(dataset.split(name), run.seq_len, 1, dataset.vocab_size, objective, shuffle)
         for name, shuffle in (("train", True), ("validation", False))
     )
     model = make_model(run.model, special.vocab_size, seed=run.run.seed)

@@ -14,10 +14,10 @@ import pytest
 import rank_runner
 import torch
 from conftest import TINY, losses
+from loaders import windows_loader
 
 from bigtfm.config.run import load_run_config
 from bigtfm.data.indexed import TokenDataset
-from bigtfm.data.loader import Loader
 from bigtfm.model.gpt import GPT
 from bigtfm.model.transformer import init_weights
 
@@ -104,7 +104,7 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch(
 
     run = load_run_config(None, [f"data.path={tiny_data}", *TINY])
     dataset = TokenDataset.open(tiny_data)
-    loader = Loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
+    loader = windows_loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
     model = GPT(run.model, dataset.vocab_size, seed=run.run.seed)
     init_weights(model)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]

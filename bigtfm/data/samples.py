@@ -1,7 +1,7 @@
-"""Between loader and objectives: windows of tokens as they are read, and examples made out of them.
+"""Between loader and objectives: samples as they are read, and examples made out of them.
 
-n windows, L positions in each, T positions of all together in N segments. A segment is the part of one
-document that lies in one window. Nothing crosses it.
+A sample is one or more pieces: runs of consecutive tokens of the stream. A segment is the part of one
+document that lies in one piece. Nothing crosses it. P pieces of T tokens of all together in N segments.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from bigtfm.data.order import random_bits
 IGNORE = -100  # label of a position that predicts nothing: torch's own ignore_index
 
 
-class Windows(NamedTuple):
-    """Consecutive samples. Only the last one may be shorter than L."""
+class Samples(NamedTuple):
+    """Consecutive samples, read."""
 
-    rows: NDArray[Any]  # [n, L + 1] token ids: a window and the token after it; zeros behind a short one
-    boundaries: NDArray[np.int64]  # positions, 1 .. T, before which a document ends
+    tokens: NDArray[np.int64]  # [T]
+    token_keys: NDArray[np.int64]  # [T]: sample number * seq_len + offset in the sample
     cu_seqlens: NDArray[np.int64]  # [N + 1]: where segments begin, and T
-    first_key: int  # number of the first sample * L
-    stops: NDArray[np.int64]  # [n]: where the windows end in the stream
+    boundaries: NDArray[np.int64]  # positions, 1 .. T, before which a document ends
+    ends: NDArray[np.int64]  # [P]: positions at which pieces end
+    behind: NDArray[np.int64]  # [P]: the token behind each piece; any, where a document ends
+    stops: NDArray[np.int64]  # [P]: where the pieces end in the stream
+    seq_len: int  # most tokens in a sample
     stream_size: int  # tokens in the whole stream
     read: Callable[[int, int], NDArray[Any]]  # the stream's tokens from, to
-
-    @property
-    def tokens(self) -> NDArray[np.int64]:
-        """The windows' tokens [T]."""
-        return self.rows[:, :-1].astype(np.int64).reshape(-1)[: self.cu_seqlens[-1]]
 
     @property
     def seq_lens(self) -> NDArray[np.int64]:
@@ -40,11 +38,16 @@ class Windows(NamedTuple):
 
     @property
     def segment_keys(self) -> NDArray[np.int64]:
-        """Sample number * L + offset in the window of each segment's first position [N].
+        """The key of each segment's first token [N].
 
-        A segment of l positions owns the keys k .. k + l - 1: what is drawn for it is a function of them.
+        A segment of l tokens owns the keys k .. k + l - 1: what is drawn for it is a function of them.
         """
-        return self.first_key + self.cu_seqlens[:-1]
+        return self.token_keys[self.cu_seqlens[:-1]]
+
+    @property
+    def segment_stops(self) -> NDArray[np.int64]:
+        """Where the piece that holds each segment ends in the stream [N]."""
+        return self.stops[np.searchsorted(self.ends, self.cu_seqlens[:-1], side="right")]
 
 
 class Examples(NamedTuple):
