@@ -141,17 +141,17 @@ def _require_same_recipe(saved: Saved, job: Job, model: torch.nn.Module, theirs:
             saved.state["global_samples"] // steps if steps else job.resolved.global_batch,
             job.resolved.global_batch,
         ),
-        "optimizer": _optimizers(saved, stated.get("optimizer") or {}, job),
+        "optimizer": _optimizers(saved, _table(stated, "optimizer"), job),
         "weight_decay": _decays(saved, job, model, theirs),
     }
-    if scheduler := stated.get("scheduler"):
+    if scheduler := _table(stated, "scheduler"):
         before = {"type": scheduler.get("type"), **_numbers(scheduler.get("params"))}
         params = job.deepspeed_values.get("scheduler", {}).get("params", {})
         now = {"type": job.deepspeed.scheduler_type, **job.deepspeed.scheduler_params, **params}
         pairs["scheduler"] = before, _chosen(now, before)
     if stated:
-        before_clip = float(stated.get("gradient_clipping", CLIPPING_DEFAULT))
-        pairs["gradient_clipping"] = before_clip, job.deepspeed.clipping
+        clipping = _numbers(stated).get("gradient_clipping", CLIPPING_DEFAULT)
+        pairs["gradient_clipping"] = clipping, job.deepspeed.clipping
     refuse_changes(
         {"recipe": {key: pair[0] for key, pair in pairs.items()}},
         {"recipe": {key: pair[1] for key, pair in pairs.items()}},
@@ -202,6 +202,11 @@ def _decays(
         elif saved.groups:
             before[name] = saved.groups[place].get("weight_decay", now[name])
     return before, now
+
+
+def _table(stated: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = stated.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _numbers(values: Any) -> dict[str, Any]:

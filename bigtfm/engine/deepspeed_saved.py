@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigtfm.engine.checkpoint import COUNTERS
 from bigtfm.engine.deepspeed_files import bad, newest, state_files, unpickled
 
 Shape = tuple[int, ...]
@@ -76,6 +77,8 @@ def open_checkpoint(path: Path, *, trust: bool = False) -> Saved:
     models, optims = state_files(folder)
     state = unpickled(models[0], trust)
     try:
+        if any(type(state[name]) is not int or state[name] < 0 for name in COUNTERS):
+            raise ValueError("a count of steps or samples is none")
         if not optims:
             return _stage_0(folder, state)
         ranks = [unpickled(file, trust)["optimizer_state_dict"] for file in optims]

@@ -19,6 +19,7 @@ from conftest import TINY, losses
 from peak_memory import peak_memory
 
 from bigtfm.cli import app
+from bigtfm.config.problems import NoCheckpoint
 from bigtfm.config.sections import ModelSection
 from bigtfm.engine import checkpoint, weights
 from bigtfm.engine.deepspeed_saved import open_checkpoint
@@ -124,7 +125,7 @@ def test_what_an_import_forgets_shows(trained: Path, spoiled: str) -> None:
 
 
 def test_every_weight_and_moment_is_deepspeeds(trained: Path) -> None:
-    """The same training's, saved at stage 0 and cut up at stages 1 to 3: the same to the bit on one rank."""
+    """The same training, whole at stage 0 and cut up at stages 1 to 3."""
     whole = torch.load(model_states(trained / "saved-1/0"), weights_only=True)
     for stage in ("0", "1", "2", "3"):
         saved = open_checkpoint(trained / "saved-1" / stage)
@@ -297,6 +298,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], int, tuple[str, ...]]] = {
         76,
         ("lacks embed_tokens.weight", "has also transformer.h.", "`bigtfm import-hf`"),
     ),
+    "no counts": (
+        lambda saved: change(model_states(saved), lambda content: content.update(global_steps=None)),
+        76,
+        ("not as DeepSpeed writes it", "count"),
+    ),
     "infinite": (make_infinite, 70, ("fp32 of embed_tokens.weight is not finite",)),
 }
 
@@ -391,6 +397,40 @@ def test_what_was_frozen_is_taken_over_when_it_may_be_trained(
     assert torch.equal(found, initial)
 
 
+def put_together(folder: Path, optimizer: dict[str, Any]) -> Path:
+    """A stage-0 checkpoint of a matrix 0 .. 5 and a vector 6 .. 8 in half precision."""
+    module = {"matrix": torch.arange(6.0).view(2, 3).half(), "vector": torch.arange(6.0, 9.0).half()}
+    counters = {"global_steps": 5, "global_samples": 40, "skipped_steps": 2}
+    state = {"module": module, "optimizer": optimizer, "dp_world_size": 1, **counters}
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def test_flat_groups_of_fp16_at_stage_0(tmp_path: Path) -> None:
+    """FP16_Optimizer with a fused Adam, which no CPU has: flat groups, the count in param_groups."""
+    inner = {
+        "state": {0: {"exp_avg": torch.arange(10.0, 16.0)}, 1: {"exp_avg": torch.arange(16.0, 19.0)}},
+        "param_groups": [{"params": [0], "step": 3}, {"params": [1], "step": 3}],
+    }
+    flat = [torch.arange(6.0), torch.arange(6.0, 9.0)]
+    scaling = {"dynamic_loss_scale": True, "cur_scale": 1024.0, "cur_iter": 5, "scale_window": 1000}
+    saved = open_checkpoint(
+        put_together(tmp_path, {"optimizer_state_dict": inner, "fp32_groups_flat": flat, **scaling})
+    )
+    assert saved.updates == 3
+    assert saved.read("matrix", "fp32").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert saved.read("matrix", "exp_avg").tolist() == [[10, 11, 12], [13, 14, 15]]
+    assert saved.read("vector", "exp_avg").tolist() == [16, 17, 18]
+    assert saved.loss_scaler["cur_scale"] == 1024.0
+
+
+def test_masters_that_are_not_the_weights_are_not_taken_for_theirs(tmp_path: Path) -> None:
+    inner = {"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}
+    flat = [torch.arange(1.0, 7.0), torch.arange(6.0, 9.0)]
+    with pytest.raises(NoCheckpoint, match="it can't be told which"):
+        open_checkpoint(put_together(tmp_path, {"optimizer_state_dict": inner, "fp32_groups_flat": flat}))
+
+
 def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
     shapes = {f"weight.{number}": (1024, 512) for number in range(32)}  # 2 MiB each, with moments 192 MiB
     flat = 32 * 1024 * 512 // 2
@@ -406,7 +446,8 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
         torch.save(
             {"optimizer_state_dict": own}, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )
-        state = {"param_shapes": [shapes], "global_steps": 4, "skipped_steps": 0}
+        counters = {"global_steps": 4, "global_samples": 32, "skipped_steps": 0}
+        state = {"param_shapes": [shapes], **counters}
         torch.save(state, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
     prepare = (
         "from pathlib import Path; from bigtfm.engine.deepspeed_saved import open_checkpoint; "
