@@ -6,9 +6,10 @@ import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bigtfm import mlflow_mirror
+from bigtfm.config.problems import RequeueRequested
 from bigtfm.console import Console, Summary
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.evaluate import bits_per_byte, predicted_tokens
@@ -50,9 +51,13 @@ class Recorder:
                 artifacts=("run.toml", "deepspeed.json", "resolved.json"),
             )
 
-    def step(self, row: dict[str, Any], tokens: int, seconds: float, digest: str, *, improved: bool) -> None:
-        """Completes a step's row (step, loss, lr, grad_norm, maybe val_loss) and passes it on."""
-        rate = self._job.resolved.tokens_per_step / seconds
+    def step(
+        self, row: dict[str, Any], tokens: int, rate: float, seconds: float, digest: str, improved: bool
+    ) -> None:
+        """Completes a step's row (step, loss, lr, grad_norm, maybe val_loss) and passes it on.
+
+        tokens: read so far. rate: tokens a second in this step. improved: it has the best evaluation.
+        """
         row |= {"tokens": tokens, "tokens_per_second": rate, "seconds": seconds, "sample_digest": digest}
         if self._peak is not None:
             row["mfu"] = rate * self._flops / (self._peak.flops * self._job.resolved.world_size)
@@ -71,12 +76,17 @@ class Recorder:
         split = self._job.dataset.split("validation")
         return bits_per_byte(loss, predicted_tokens(split), split.num_bytes)
 
-    def close(self, status: str) -> None:
-        """Ends the lines and tells MLflow how the run ended: FINISHED, FAILED or KILLED."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """After a failure: ends the lines and tells MLflow how the run ended."""
+        if error is None:
+            return
         self._console.close()
         self._log.close()
         if self._mirror is not None:
-            self._mirror.finish(status)
+            self._mirror.finish("KILLED" if isinstance(error, RequeueRequested) else "FAILED")
 
     def summary(self, progress: Progress, last_checkpoint: Path) -> None:
         """The end of a run that ended well: what came of it and what to try next."""

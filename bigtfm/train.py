@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import NoCheckpoint, NumericsProblem, RequeueRequested
-from bigtfm.data.loader import Loader
+from bigtfm.data.indexed import Split
+from bigtfm.data.loader import Loader, TokenStream
 from bigtfm.data.objectives import make_objective
-from bigtfm.data.order import digest
+from bigtfm.data.order import InOrder, Order, Windows, digest
+from bigtfm.data.prefetch import Prefetcher
 from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.distributed import Ranks
-from bigtfm.engine.probe import Probe, require_same
+from bigtfm.engine.probe import PROBE_TOKENS, Probe, require_same
 from bigtfm.engine.saver import Saver
 from bigtfm.evaluate import require_labels, validation_loss
 from bigtfm.job import Job
@@ -51,27 +54,25 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
     if validation is not None:
         require_labels(validation, run.eval.tokens)
-    progress, probe = resume(job, engine, ranks, loader)
+    progress, probe = resume(job, engine, ranks)
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
             lay_out(job)
-    recorder = Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else None
-    saver = make_saver(job, engine, ranks, probe)
 
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    try:
+    stride = ranks.world_size * micro_batch
+    with (
+        Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else nullcontext() as recorder,
+        closing(make_saver(job, engine, ranks, probe)) as saver,
+        Prefetcher(loader, run.data.workers, pin_memory=True) as reader,
+    ):
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
             first = progress.samples + ranks.rank * micro_batch
-            stride = ranks.world_size * micro_batch
-            batches = [loader.batch(first + turn * stride, micro_batch) for turn in range(accumulation)]
-            labels, positions, stop_asked, save_failed = ranks.sum(
-                [
-                    sum(batch.num_labels for batch in batches),
-                    sum(len(batch.input_ids) for batch in batches),
-                    stop.signal,
-                    saver.failed,
-                ]
+            starts = range(first, first + stride * accumulation, stride)
+            batches = reader.step(starts, micro_batch, stride * accumulation)
+            labels, stop_asked, save_failed = ranks.sum(
+                [sum(batch.num_labels for batch in batches), stop.signal, saver.failed]
             )
             if save_failed:
                 saver.wait()
@@ -97,9 +98,10 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
                     grad_norm, lr = local_grad_norm(engine), engine.get_lr()[0]
                 engine.step()
 
+            taken = loader.order.pieces(progress.samples, stride * accumulation)
             progress.step += 1
             progress.samples += stride * accumulation
-            progress.tokens += int(positions)
+            progress.tokens += taken.num_tokens
             total_loss = ranks.sum([float(loss_sum)])[0]
             grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
             require_finite(progress.step, total_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
@@ -113,17 +115,11 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
                 row["val_loss"] = validation_loss(engine, validation, ranks, micro_batch, run.eval.tokens)
                 improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
             if recorder is not None:
-                samples = loader.windows(progress.samples - stride * accumulation, stride * accumulation)
-                recorder.step(row, progress.tokens, seconds, digest(samples), improved=improved)
+                rate = taken.num_tokens / seconds
+                recorder.step(row, progress.tokens, rate, seconds, digest(taken.ids), improved)
             if last or improved or due(run.save.every, progress.step):
                 saver.save(progress)
         last_checkpoint = finish(job, engine, progress, saver, ranks)
-    except BaseException as error:
-        if recorder is not None:
-            recorder.close("KILLED" if isinstance(error, RequeueRequested) else "FAILED")
-        raise
-    finally:
-        saver.close()
     if recorder is not None:
         recorder.summary(progress, last_checkpoint)
     if own_ranks:
@@ -141,18 +137,15 @@ def fresh_model(job: Job) -> LanguageModel:
 def batches_of(job: Job, split: str) -> Loader:
     """A split's batches: training in each epoch's own order, validation as it stands."""
     run = job.run
+    stream: TokenStream = job.dataset.split(split)
+    order: Order = InOrder(Windows(stream.num_tokens, run.seq_len, full=False))
+    if split == "train":
+        stream, order = Split.join([dataset.split(split) for dataset in job.datasets]), job.order
     objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
-    return Loader(
-        job.dataset.split(split),
-        run.seq_len,
-        run.run.seed,
-        job.dataset.vocab_size,
-        objective=objective,
-        shuffle=split == "train",
-    )
+    return Loader(stream, order, run.seq_len, job.dataset.vocab_size, objective)
 
 
-def resume(job: Job, engine: Any, ranks: Ranks, loader: Loader) -> tuple[Progress, Probe | None]:
+def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]:
     """Fills the engine from the newest checkpoint of the run directory, if there is one.
 
     A fresh run begins with its initial weights, or with another's (run.init_from).
@@ -166,8 +159,7 @@ def resume(job: Job, engine: Any, ranks: Ranks, loader: Loader) -> tuple[Progres
     if found is None:
         if job.run.run.init_from is not None:
             checkpoint.start_from(starting_point(job, now, ranks), engine)
-        progress = Progress(identity=now)
-        return progress, fresh_probe(job, loader, progress, ranks)
+        return Progress(identity=now), fresh_probe(job, ranks)
     state = checkpoint.read_state(found)
     allow, before = job.run.resume.allow, state["progress"]["identity"]
     refuse_changes(before, now, allow, job.run.run_dir)
@@ -175,7 +167,7 @@ def resume(job: Job, engine: Any, ranks: Ranks, loader: Loader) -> tuple[Progres
     progress.identity = now
     same_mathematics = all(before[part] == now[part] for part in ("model", "objective"))
     if state.get("probe") is None or not same_mathematics:
-        return progress, fresh_probe(job, loader, progress, ranks)
+        return progress, fresh_probe(job, ranks)
     probe = Probe.from_json(state["probe"], setting_of(job, ranks))
     if "probe" not in allow:
         loss = ranks.from_first(probe.loss(engine, ranks.device))
@@ -189,9 +181,14 @@ def resume(job: Job, engine: Any, ranks: Ranks, loader: Loader) -> tuple[Progres
     return progress, probe
 
 
-def fresh_probe(job: Job, loader: Loader, progress: Progress, ranks: Ranks) -> Probe | None:
-    """The first of the next samples that has something to predict; None when 64 have nothing."""
-    for sample in range(progress.samples, progress.samples + 64):
+def fresh_probe(job: Job, ranks: Ranks) -> Probe | None:
+    """The first short sample of the data set in which something is to be predicted; None: of 64 none is."""
+    run, split = job.run, job.dataset.split("train")
+    seq_len = min(run.seq_len, PROBE_TOKENS)
+    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
+    order = InOrder(Windows(split.num_tokens, seq_len, full=False))
+    loader = Loader(split, order, seq_len, job.dataset.vocab_size, objective)
+    for sample in range(min(64, loader.num_samples)):
         batch = loader.batch(sample, 1)
         if batch.num_labels:
             return Probe(batch.model_inputs(), setting_of(job, ranks))
