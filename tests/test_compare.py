@@ -66,6 +66,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
             ("cut", base, ["steps=6"]),
         )
     ]
+    for share in (1, 3):
+        mixture = f'[{{path = "{tiny_data}"}}, {{path = "{folder / "b"}", weight = {share}.0}}]'
+        alone.append([str(base), f"run.name=mixed-{share}", *fixed[1:], f"data.sources={mixture}"])
+    shutil.copytree(tiny_data, folder / "b")
     for jobs, ranks in ((alone, 1), ([[str(stage_2), "run.name=two", *fixed]], 2)):
         finished = rank_runner.train_all(jobs, folder, ranks)
         assert finished.codes == [0] * ranks, finished.output[-3000:]
@@ -120,12 +124,13 @@ def test_a_run_that_goes_on_is_the_same_as_far_as_both_go(runs: Path) -> None:
         ("narrow", 1, "loss", ("model.ffn_hidden_size",)),
         ("l1", 1, "grad_norm", ("objective.l1",)),
         ("decay", None, "loss", ("optimizer.params.weight_decay",)),
+        ("mixed-3", 1, "sample_digest", ("data.sources[1].weight",)),
     ],
 )
 def test_what_makes_another_run_is_named(
     other: str, step: int | None, column: str, keys: tuple[str, ...], runs: Path
 ) -> None:
-    c = compared(runs, "base", other)
+    c = compared(runs, "mixed-1" if other.startswith("mixed") else "base", other)
     assert c.step is not None
     assert c.step == step if step else c.step > 1
     assert c.differing[0] == column
@@ -209,17 +214,21 @@ def test_numbers_that_are_none(doctored: Callable[..., Comparison], tmp_path: Pa
     ]
 
 
-def test_a_resume_that_skips_a_batch(runs: Path, tmp_path: Path, tiny_data: Path) -> None:
-    """A checkpoint that says one batch more than was consumed, and a real resume from it; and a sound one."""
+def test_resumes_that_skip_a_batch_or_change_its_size(runs: Path, tmp_path: Path, tiny_data: Path) -> None:
+    """Real resumes: a sound one, one of a checkpoint that counts a batch too much, one with another batch."""
     args = ["train", "--deepspeed_config", str(runs.parent / "base.json"), f"data.path={tiny_data}", *TINY]
-    for name, off in (("sound", 0), ("off", 8)):
+    write_json(runs.parent / "wide.json", train_batch_size=16)
+    for name, off in (("sound", 0), ("off", 8), ("wide", 0)):
         copy = tmp_path / "runs" / name
         shutil.copytree(runs / "cut", copy)
         checkpoint = copy / "checkpoints" / "step-00000006"
         state = json.loads((checkpoint / "state.json").read_text())
         state["progress"]["samples"] += off
         rewrite(checkpoint, "state.json", json.dumps(state))
-        finished = rank_runner.run([*args, f"run.name={name}", f"steps={STEPS}"], tmp_path)
+        if name == "wide":
+            args[2] = str(runs.parent / "wide.json")
+        resumed = [*args, f"run.name={name}", f"steps={STEPS}", "resume.allow=recipe"]
+        finished = rank_runner.run(resumed, tmp_path)
         assert finished.code == 0, finished.output[-3000:]
     base = read_run(runs / "base")
     sound, off = (read_run(tmp_path / "runs" / name) for name in ("sound", "off"))
@@ -230,6 +239,12 @@ def test_a_resume_that_skips_a_batch(runs: Path, tmp_path: Path, tiny_data: Path
     assert verdict(c).startswith("differ from step 7 on: other samples")
     expected = "B takes at step 7 the samples of A's step 8: it is 1 step ahead, and B was started anew there"
     assert likely_cause(c)[0] == expected
+    wide = compare(base, read_run(tmp_path / "runs" / "wide"))
+    said, keys = likely_cause(wide)
+    assert said.startswith(
+        "B takes 512 tokens a step from step 7 on, 256 before: it was resumed with another"
+    )
+    assert keys == ("train_batch_size",)
 
 
 def rewrite(checkpoint: Path, name: str, text: str) -> None:

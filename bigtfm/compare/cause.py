@@ -35,29 +35,34 @@ def likely_cause(c: Comparison) -> tuple[str, tuple[str, ...]]:
     if c.step is None:
         return "", ()
     name = c.differing[0]
+    if name in ("sample_digest", "tokens") and (said := _another_batch(c, c.step)):
+        return said, ("train_batch_size",)
     suspects = SUSPECTS[name]
     if c.step > 1 and name in ("loss", "grad_norm", "val_loss"):  # an update lies before it
         suspects = (*suspects, *UPDATE)
     guilty = [setting for setting in c.settings if setting.decides and setting.key.startswith(suspects)]
     story = {"sample_digest": _samples, "tokens": _samples, "lr": _schedule}.get(name, _numbers)
-    if guilty and name == "grad_norm":
+    if guilty and name == "grad_norm" and c.step == 1:
         return f"the loss is the same and its gradient is not: {_named(guilty)}", _keys(guilty)
     if guilty:
         return _named(guilty), _keys(guilty)
     return story(c, c.columns[name])
 
 
+def _another_batch(c: Comparison, step: int) -> str:
+    """Which run takes more or fewer tokens a step than before."""
+    for name, run in (("A", c.a), ("B", c.b)):
+        now, earlier = _tokens(run, step), {_tokens(run, at) for at in range(max(1, step - BEFORE), step)}
+        before = earlier.pop() if len(earlier) == 1 else None  # packed documents come in varying numbers
+        if now and before and now != before:
+            takes = f"{name} takes {now:,} tokens a step from step {step} on, {before:,} before"
+            return f"{takes}: it was resumed with another global batch"
+    return ""
+
+
 def _samples(c: Comparison, column: Column) -> tuple[str, tuple[str, ...]]:
     """Other samples, though every recorded setting that chooses them is the same."""
     step = c.step or 0
-    for name, run in (("A", c.a), ("B", c.b)):
-        now, before = _tokens(run, step), _tokens(run, step - 1)
-        if step > 1 and now and before and now != before:
-            return (
-                f"{name} takes {now:,} tokens a step from step {step} on, {before:,} before: "
-                "it was resumed with another global batch",
-                ("train_batch_size",),
-            )
     if len(column.beyond) == 1 and _follows(c, step):
         return f"step {step} alone, and the losses agree: that row was altered after it was written", ()
     there = {row["sample_digest"]: at for at, row in c.a.rows.items()}.get(c.b.rows[step]["sample_digest"])
@@ -91,7 +96,9 @@ def _numbers(c: Comparison, column: Column) -> tuple[str, tuple[str, ...]]:
         )
     layout = [setting for setting in c.settings if setting.key.startswith(LAYOUT)]
     between = (
-        _named(layout) if layout else "no recorded setting differs: another machine or version, or kernels"
+        _named(layout)
+        if layout
+        else "no recorded setting explains it: another machine or version, or kernels?"
     )
     if step == 1:
         return f"the first {column.name} differs already; {between}", _keys(layout)
@@ -101,8 +108,9 @@ def _numbers(c: Comparison, column: Column) -> tuple[str, tuple[str, ...]]:
         before = f"within {largest:.1e}" if largest else "equal to the bit"
         resumed = _resumed(c, step) or ", though no resume shows"
         return f"a jump at step {step}, {before} until then{resumed}; {between}", _keys(layout)
-    within = f"the same within --tolerance {1.06 * c.same_within:.1e}"  # rounded, but never down
-    return f"rounding{_growth(column, step)}, as between layouts ({within}); {between}", _keys(layout)
+    within = 1.06 * c.same_within  # it will be rounded, but never down
+    enough = f" (the same within --tolerance {within:.1e})" if math.isfinite(within) else ""
+    return f"rounding{_growth(column, step)}, as between layouts{enough}; {between}", _keys(layout)
 
 
 def _growth(column: Column, step: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bigtfm.compare.runs import Run
@@ -40,7 +41,7 @@ class Column:
     differences: dict[int, float]  # step -> relative difference: 0 equal bits, inf where one is no number
     limit: float  # differences up to it count as none
 
-    @property
+    @cached_property
     def beyond(self) -> list[int]:
         """The steps at which the difference is above the limit."""
         return [step for step, difference in self.differences.items() if difference > self.limit]
@@ -50,16 +51,16 @@ class Column:
         """The first of them."""
         return next(iter(self.beyond), None)
 
-    @property
+    @cached_property
     def first_bit(self) -> int | None:
         """The first step at which the two are not equal to the bit."""
         return next((step for step, difference in self.differences.items() if difference), None)
 
-    @property
+    @cached_property
     def largest(self) -> float:
         return max(self.differences.values(), default=0.0)
 
-    @property
+    @cached_property
     def largest_at(self) -> int | None:
         """The step of the largest difference; None where there is no difference."""
         return max(self.differences, key=lambda step: self.differences[step]) if self.largest else None
@@ -86,12 +87,12 @@ class Comparison:
     steps: tuple[int, ...]  # that both have
     settings: tuple[Setting, ...]
 
-    @property
+    @cached_property
     def step(self) -> int | None:
         """The first step at which any column differs; None: the runs are the same."""
         return min((c.first for c in self.columns.values() if c.first is not None), default=None)
 
-    @property
+    @cached_property
     def differing(self) -> list[str]:
         """The columns that differ at that step."""
         return [column.name for column in self.columns.values() if self.step in column.beyond]

@@ -209,8 +209,9 @@ def draw(c: Comparison, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_EDGE)
         axes.tick_params(which="both", color=_EDGE, labelcolor=_INK)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", facecolor="white", edgecolor="none", framealpha=0.85)
+    upper.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.85)
+    if lower.get_legend_handles_labels()[0]:
+        lower.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, borderpad=0)
     figure.align_ylabels()
     drawing = path.with_name(f"{path.name}.tmp")
     try:
@@ -223,32 +224,20 @@ def draw(c: Comparison, path: Path) -> None:
 
 
 def _draw_differences(axes: Any, c: Comparison) -> None:
-    """Points, since many steps are equal to the bit and have none."""
-    drawn = False
+    """Points, since steps that are equal to the bit have none; of very many, the largest of neighbours."""
     for name, color, size in (("grad_norm", _NORM, 2.5), ("loss", _A, 3.5)):
-        points = [(s, d) for s, d in c.columns[name].differences.items() if d and math.isfinite(d)]
-        if points:
-            label, drawn = name.replace("_", " "), True
-            axes.plot(
-                *zip(*points, strict=True),
-                color=color,
-                linestyle="",
-                marker="o",
-                markersize=size,
-                label=label,
-            )
-    if not drawn:
+        points = [(d, s) for s, d in c.columns[name].differences.items() if d and math.isfinite(d)]
+        every = max(1, len(points) // 2000)
+        kept = [max(points[at : at + every]) for at in range(0, len(points), every)]
+        if kept:
+            heights, steps = zip(*kept, strict=True)
+            style = {"color": color, "linestyle": "", "marker": "o", "markersize": size}
+            axes.semilogy(steps, heights, label=name.replace("_", " "), **style)
+    if not axes.get_legend_handles_labels()[0]:
         axes.text(
             0.5, 0.5, "equal to the bit", transform=axes.transAxes, ha="center", va="center", color=_INK
         )
         axes.set_yticks([])
-        return
-    axes.set_yscale("log")
-    if c.tolerance:
-        axes.axhline(
-            c.tolerance,
-            color=_MARK,
-            linewidth=1.2,
-            linestyle=(0, (5, 4)),
-            label=f"tolerance {c.tolerance:g} (loss)",
-        )
+    elif c.tolerance:
+        label = f"tolerance {c.tolerance:g} (loss)"
+        axes.axhline(c.tolerance, color=_MARK, linewidth=1.2, linestyle=(0, (5, 4)), label=label)

@@ -101,7 +101,8 @@ def _identity(checkpoints: Path) -> dict[str, Any]:
     for state in sorted(checkpoints.glob("step-*/state.json"), reverse=True):
         try:
             identity = _object(state)["progress"]["identity"]
-            return _flat({"data": identity["data"], "tokenizer.sha256": identity["tokenizer"]})
+            parts = _flat({"data": identity["data"], "tokenizer.sha256": identity["tokenizer"]})
+            return {key: value for key, value in parts.items() if key.endswith("sha256")}
         except (DataProblem, KeyError, TypeError, ValueError):
             continue
     return {}
@@ -129,7 +130,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
             value = {f"[{number}]": item for number, item in enumerate(value)}
         if isinstance(value, dict):
             flat |= {f"{name}.{key}".replace(".[", "["): item for key, item in _flat(value).items()}
-        else:
+        elif value != []:
             flat[name] = value
     return flat
 
