@@ -41,6 +41,8 @@ RUN = {
     'bigtfm generate --run runs/bert --prompt "The <mask> of the Union" --json --top-k 10': AS_IT_STANDS,
     'bigtfm generate --run runs/t5 --prompt "The state of the <extra_id_0> is <extra_id_1>." '
     "--num-beams 4": AS_IT_STANDS,
+    "bigtfm export runs/mine mine.safetensors": AS_IT_STANDS,
+    "bigtfm export runs/mine best.safetensors --best --dtype bf16": AS_IT_STANDS,
     "bigtfm export-hf runs/mine mine-hf": AS_IT_STANDS,
     "bigtfm import-hf mine-hf runs/again": AS_IT_STANDS,
     "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
@@ -57,6 +59,10 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "
     "run.init_from=runs/gpt2 run.name=mine data.path=data/mine": "needs that import",
+    "bigtfm import-deepspeed ckpt runs/mine --deepspeed_config ds.json --config run.toml "
+    "data.path=data/mine steps=20000": "needs a training of another program",
+    "bigtfm train --deepspeed_config ds.json --config run.toml data.path=data/mine steps=20000 run.dir=runs "
+    "run.name=mine": "needs that import",
 }
 NO_COMMANDS = {"text", "toml", "json", "python"}  # fences that show something else
 

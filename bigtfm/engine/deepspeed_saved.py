@@ -108,9 +108,7 @@ def _sharded(folder: Path, stage: int, states: list[dict[str, Any]], ranks: list
         for name, piece in (_stage_3 if stage == 3 else _stage_1_2)(rank, state, len(ranks)):
             before = pieces.setdefault(name, [])
             start = before[-1].start + before[-1].numel if before else 0  # a parameter is cut in rank order
-            numel = min(
-                piece.numel, math.prod(shapes[name]) - start
-            )  # stage 3: the last parts end in padding
+            numel = min(piece.numel, math.prod(shapes[name]) - start)  # at stage 3 they end in padding
             before.append(replace(piece, start=start, numel=numel))
     groups = _optimizer_state(ranks[0], stage).get("param_groups", [])
     places = [place for place, group in enumerate(groups) for _ in group["params"]]  # stage 3: of sub-groups
@@ -122,9 +120,8 @@ def _sharded(folder: Path, stage: int, states: list[dict[str, Any]], ranks: list
     for name, shape, parts in _frozen(states, stage, shapes):
         shapes[name], pieces[name] = shape, parts
     scaler = ranks[0].get("loss_scaler")
-    saved = Saved(
-        folder, stage, len(ranks), state, shapes, pieces, group_of, groups, vars(scaler) if scaler else {}
-    )
+    scaling = vars(scaler) if scaler is not None else {}
+    saved = Saved(folder, stage, len(ranks), state, shapes, pieces, group_of, groups, scaling)
     _require_covered(saved)
     return saved
 
@@ -264,7 +261,12 @@ def _applied(state: Mapping[str, Any]) -> float:
 
 
 def _require_covered(saved: Saved) -> None:
-    """Every element of every parameter is there once, with its moments."""
+    """Every element of every parameter is there once, with its moments, and all are of one step."""
+    counted = {piece.updates for name in saved.group_of for piece in saved.pieces[name]}
+    if len(counted) > 1:
+        raise bad(
+            f"the ranks' files are of {len(counted)} steps: after {sorted(counted)} updates", saved.folder
+        )
     for name, shape in saved.shapes.items():
         pieces = saved.pieces.get(name, [])
         keys = pieces[0].tensors.keys() if pieces else {}

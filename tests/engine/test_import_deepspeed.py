@@ -251,6 +251,14 @@ def rename_as_transformers(saved: Path) -> None:
     change(model_states(saved), edit)
 
 
+def age(saved: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+            state["step"] -= 1
+
+    change(optim_states(saved, 1), edit)
+
+
 def make_infinite(saved: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
         content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].detach()[5] = math.inf
@@ -298,6 +306,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], int, tuple[str, ...]]] = {
         76,
         ("lacks embed_tokens.weight", "has also transformer.h.", "`bigtfm import-hf`"),
     ),
+    "ranks of two steps": (age, 76, ("of 2 steps: after [3.0, 4.0] updates",)),
     "no counts": (
         lambda saved: change(model_states(saved), lambda content: content.update(global_steps=None)),
         76,
