@@ -123,6 +123,16 @@ def test_leaving_ends_the_workers(loader):
     assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_lie_in_pinned_memory(workers, tiny_data):
+    plain = make_loader(tiny_data)
+    with Prefetcher(make_loader(tiny_data), workers, pin_memory=True) as batches:
+        [batch] = batches.step(starts(0, 1), 2, STRIDE)
+    assert all(value.is_pinned() for value in vars(batch).values() if isinstance(value, torch.Tensor))
+    assert_same([batch], [plain.batch(starts(0)[0], 2)])
+
+
 def test_a_split_is_pickled_by_path(tiny_data, monkeypatch, tmp_path):
     monkeypatch.chdir(tiny_data)
     split = TokenDataset.open(".").split("train")
