@@ -45,11 +45,11 @@ def dropout_of_the_process() -> None:
     rank_runner.train_jobs()
 
 
-def _restart_schedule(engine: Any, fresh: dict[str, Any]) -> None:
-    engine.lr_scheduler.load_state_dict(fresh["scheduler"])
+def _restart_schedule(engine: Any, _: Any, fresh_schedule: dict[str, Any]) -> None:
+    engine.lr_scheduler.load_state_dict(fresh_schedule)
 
 
-def _zero_moments(engine: Any, _: dict[str, Any]) -> None:
+def _zero_moments(engine: Any, *_: Any) -> None:
     from bigtfm.engine import fragments
 
     for fragment in fragments.owned_fragments(engine):
@@ -58,44 +58,52 @@ def _zero_moments(engine: Any, _: dict[str, Any]) -> None:
                 moment.zero_()
 
 
-def _restart_update_count(engine: Any, _: dict[str, Any]) -> None:
+def _restart_update_count(engine: Any, *_: Any) -> None:
     from bigtfm.engine import fragments
 
     for fragment in fragments.owned_fragments(engine):
         fragments.restore_update_count(engine, fragment, 0)
 
 
-BROKEN_LOADS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
-    "intact": lambda engine, fresh: None,
+def _restart_data(_: Any, progress: Any, *__: Any) -> None:
+    progress.samples = 0
+
+
+def _skip_a_sample(_: Any, progress: Any, *__: Any) -> None:
+    progress.samples += 1
+
+
+BROKEN_LOADS: dict[str, Callable[[Any, Any, dict[str, Any]], None]] = {
+    "intact": lambda *_: None,
     "schedule": _restart_schedule,
     "moments": _zero_moments,
     "update-count": _restart_update_count,
-    "position": lambda engine, fresh: None,
-    "position-by-one": lambda engine, fresh: None,
+    "position": _restart_data,
+    "position-by-one": _skip_a_sample,
 }
-POSITIONS = {"position": lambda samples: 0, "position-by-one": lambda samples: samples + 1}
 
 
 def load_as_named() -> None:
-    """After a load something is as if it had not been restored: what the run is named after."""
+    """Each load leaves out what the run is named after."""
     from bigtfm.engine import checkpoint
 
     load = checkpoint.load
 
     def broken_load(found: Path, engine: Any, *args: Any, **kwargs: Any) -> Any:
-        name = found.parents[1].name
-        fresh = {"scheduler": engine.lr_scheduler.state_dict()}
+        fresh_schedule = engine.lr_scheduler.state_dict()
         progress = load(found, engine, *args, **kwargs)
-        BROKEN_LOADS[name](engine, fresh)
-        progress.samples = POSITIONS.get(name, lambda samples: samples)(progress.samples)
+        BROKEN_LOADS[found.parents[1].name](engine, progress, fresh_schedule)
         return progress
 
     checkpoint.load = broken_load
     rank_runner.train_jobs()
 
 
-def masters_shown() -> None:
-    """Nothing broken: after each load the fp32 masters are written beside the checkpoint's folder."""
+def loads_shown() -> None:
+    """Nothing broken: after each load, what the rank holds is written to the run directory.
+
+    Its tensors are called parameter|first element|fp32, exp_avg or exp_avg_sq.
+    """
     from safetensors.torch import save_file
 
     from bigtfm.engine import checkpoint, fragments
@@ -104,12 +112,12 @@ def masters_shown() -> None:
 
     def shown_load(found: Path, engine: Any, *args: Any, **kwargs: Any) -> Any:
         progress = load(found, engine, *args, **kwargs)
-        masters = {
+        held = {
             f"{fragment.name}|{fragment.start}|{key}": view.clone()
             for fragment in fragments.owned_fragments(engine)
             for key, view in fragments.moments(engine, fragment).items()
         }
-        save_file(masters, found.parents[1] / f"{found.name}-loaded-{os.environ['RANK']}.safetensors")
+        save_file(held, found.parents[1] / f"{found.name}-loaded-{os.environ['RANK']}.safetensors")
         return progress
 
     checkpoint.load = shown_load
