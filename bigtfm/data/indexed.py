@@ -237,6 +237,8 @@ def _by_file(
     look_up: Callable[[int, npt.NDArray[np.int64]], Any],
 ) -> npt.NDArray[np.int64]:
     """`look_up(file, value - firsts[file])` of each value; `firsts`: the files' first values."""
+    if len(firsts) == 1:
+        return look_up(0, values)
     files = np.searchsorted(firsts, values, side="right") - 1
     out = np.empty(len(values), dtype=np.int64)
     for file in set(files.tolist()):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.objectives import MakeExamples, causal_lm
 from bigtfm.data.order import Order, Pieces
-from bigtfm.data.samples import Samples
+from bigtfm.data.samples import Samples, places
 
 
 class TokenStream(Protocol):
@@ -135,17 +135,19 @@ class Loader:
         lengths = pieces.stops - pieces.starts
         ends = np.cumsum(lengths)
         begins = ends - lengths
-        samples = np.arange(len(pieces.ids))
-        # what is added to a token's place in the batch to get its key
-        shifts = (first_sample + samples) * self.seq_len - begins[np.searchsorted(pieces.samples, samples)]
         boundaries = self._boundaries(pieces, begins, ends)
         tokens, behind = self._tokens(pieces, lengths)
         total = len(tokens)
         opens = np.zeros(total + 1, np.bool_)
         opens[begins] = opens[boundaries] = opens[total] = True
+        token_keys = np.arange(first_sample * self.seq_len, first_sample * self.seq_len + total)
+        if total < len(pieces.ids) * self.seq_len:  # some samples are not full
+            samples = np.arange(len(pieces.ids))
+            skipped = samples * self.seq_len - begins[np.searchsorted(pieces.samples, samples)]
+            token_keys += np.repeat(skipped[pieces.samples], lengths)
         return Samples(
             tokens=tokens,
-            token_keys=np.arange(total) + np.repeat(shifts[pieces.samples], lengths),
+            token_keys=token_keys,
             cu_seqlens=np.flatnonzero(opens),
             boundaries=boundaries,
             ends=ends,
@@ -164,12 +166,12 @@ class Loader:
         ranges = list(zip(pieces.starts.tolist(), stops.tolist(), strict=True))
         runs = [self.stream.read(start, stop) for start, stop in ranges]
         own = [run[:length] for run, length in zip(runs, lengths.tolist(), strict=True)]
-        tokens: NDArray[np.int64] = np.concatenate(own, dtype=np.int64)
-        behind = np.array([run[-1] for run in runs], np.int64)
-        if max(tokens.max(), behind.max()) >= self.vocab_size:
+        tokens = np.concatenate(own + [run[-1:] for run in runs])
+        if tokens.max() >= self.vocab_size:
             for start, stop in ranges:
                 self._read(start, stop)
-        return tokens, behind
+        tokens = tokens.astype(np.int64)
+        return tokens[: -len(runs)], tokens[-len(runs) :]
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start .. stop - 1 of the stream."""
@@ -195,7 +197,8 @@ class Loader:
         counts = last - first
         documents = np.arange(counts.sum()) + np.repeat(last - np.cumsum(counts), counts)
         inside = self.stream.document_positions(documents) + np.repeat(begins - pieces.starts, counts)
-        return np.concatenate([inside, ends[pieces.stops == self.stream.num_tokens]])  # the end of all
+        at_end = ends[pieces.stops == self.stream.num_tokens]
+        return np.concatenate([inside, at_end]) if len(at_end) else inside
 
 
 def _packed(samples: Samples, seq_lens: NDArray[np.int64] | None, stretch: int) -> dict[str, Any]:
@@ -206,13 +209,13 @@ def _packed(samples: Samples, seq_lens: NDArray[np.int64] | None, stretch: int) 
     """
     if seq_lens is None:
         lengths, cu_seqlens, keys = samples.seq_lens, samples.cu_seqlens, samples.token_keys
-        index = np.arange(cu_seqlens[-1])
     else:
         lengths, cu_seqlens = seq_lens, np.append(0, np.cumsum(seq_lens))
-        index = np.arange(cu_seqlens[-1])
-        keys = index + np.repeat(stretch * samples.segment_keys - cu_seqlens[:-1], lengths)
+        keys = places(stretch * samples.segment_keys, lengths)
+    positions = np.arange(cu_seqlens[-1])
+    positions -= np.repeat(cu_seqlens[:-1], lengths)  # in place: fresh memory costs more than the sum
     return {
-        "position_ids": torch.from_numpy(index - np.repeat(cu_seqlens[:-1], lengths)),
+        "position_ids": torch.from_numpy(positions),
         "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
         "seq_lens": tuple(lengths.tolist()),
         "token_keys": torch.from_numpy(keys),

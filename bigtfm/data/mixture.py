@@ -114,15 +114,11 @@ class Mixture:
         assert all(source.size for source in sources), "a source without samples"
         self.sources, self._weights = sources, weights or [1.0] * len(sources)
         self._limits = limits or [MAX_SIZE] * len(sources)
+        self.num_samples = min(sum(self._limits), MAX_SIZE)
         self._first_ids = np.cumsum([0, *(source.size for source in sources)])[:-1]
         self._seeds = [seed, *(stream_key(seed, f"source {n}") for n in range(1, len(sources)))]
         self._phases: tuple[_Phase, ...] = (self._phase(0, np.zeros(len(sources), np.int64)),)
         self._block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))  # a memo; it only saves time
-
-    @property
-    def num_samples(self) -> int:
-        """How many there are; MAX_SIZE: a source has no limit."""
-        return min(sum(self._limits), MAX_SIZE)
 
     def pieces(self, first: int, count: int) -> Pieces:
         """The samples first .. first + count - 1. Ids are indices, counted through all sources."""

@@ -89,7 +89,9 @@ class Windows:
 
     def pieces(self, indices: NDArray[np.int64]) -> Pieces:
         starts = self.start + indices * self.seq_len
-        stops = np.minimum(starts + self.seq_len, self.start + self.num_tokens - 1)
+        stops = starts + self.seq_len
+        if not self.full:
+            stops = np.minimum(stops, self.start + self.num_tokens - 1)
         return Pieces(indices, np.arange(len(indices)), starts, stops)
 
 
