@@ -179,7 +179,8 @@ def prepare(
         typer.Option(
             "--input",
             help="File (.parquet; .txt .jsonl .csv, also .gz), folder, '-' (stdin), 'embedded' (the corpus "
-            "in the package), or hf:NAME[@CONFIG][:SPLIT]. May be given more than once. Default: embedded.",
+            "in the package), or hf:NAME[#REVISION][@CONFIG][:SPLIT]. May be given more than once. Default: "
+            "embedded.",
         ),
     ] = None,
     out: Annotated[str, typer.Option(help="Folder of the data set.")] = "data/quickstart",
@@ -234,6 +235,22 @@ def prepare(
         force=force,
     )
     print(summary.line)
+
+
+@app.command()
+def pack(
+    data: Annotated[Path, typer.Argument(help="Folder that `bigtfm prepare` wrote, e.g. data/quickstart.")],
+    seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens in a training sequence.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a sentence.")] = False,
+) -> None:
+    """Put whole documents together into training sequences (data.packing = "best_fit").
+
+    Writes the plan beside the data; cuts only documents that are longer than a sequence.
+    """
+    from bigtfm.data.best_fit import pack as run
+
+    folder, plan = run(data, seq_len)
+    print(json.dumps(plan.record(folder)) if as_json else plan.line(folder))
 
 
 @app.command()

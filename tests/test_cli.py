@@ -43,6 +43,7 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--workers": None,
         "--force": False,
     },
+    "pack": {"data": REQUIRED, "--seq-len": REQUIRED, "--json": False},
     "generate": {
         "--run": REQUIRED,
         "--prompt": None,

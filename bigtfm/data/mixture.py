@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.config.sections import DataSection, SourceSection
+from bigtfm.data.best_fit import Packed
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.order import MAX_SIZE, Pieces, Source, Windows, shuffled, stream_key
 
@@ -194,16 +195,17 @@ def training_order(datasets: Sequence[TokenDataset], data: DataSection, seq_len:
     """The order of a run's training samples, on the training splits one behind the other (Split.join).
 
     Raises:
-        DataProblem: a data set is too small for one sequence, or of another tokenizer than the first.
+        DataProblem: a data set is too small for one sequence, of another tokenizer than the first, or lacks
+            the plan that data.packing needs.
     """
     sections = data.sources or (SourceSection(path=data.path),)
-    sources: list[Source] = []
-    start = 0
+    packed, sources, start = data.packing == "best_fit", list[Source](), 0
     for other in datasets[1:]:
         _share_tokenizer(datasets[0], other)
     for dataset in datasets:
         tokens = dataset.split("train").num_tokens
-        sources.append(Windows(tokens, seq_len, start=start))
+        cut = Packed.open(dataset, seq_len, start) if packed else Windows(tokens, seq_len, start=start)
+        sources.append(cut)
         if not sources[-1].size:
             raise DataProblem(
                 f"the training split has {tokens} tokens, too few for a sequence of {seq_len}",
