@@ -12,6 +12,7 @@ from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import RunConfig
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.mixture import Mixture
+from bigtfm.data.order import Order
 from bigtfm.planner.memory import block_matrices, count_parameters
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class Resolved:
     tokens_per_step: int  # of best_fit, whose sequences are not all full, the mean
     steps: int  # optimizer steps of this run
     horizon: int | None  # the scheduler's total steps, if it has them
-    train_tokens: int  # tokens in the training splits
-    steps_per_epoch: float
-    epochs: float  # passes over as many sequences as the training splits have
+    train_tokens: int | None  # tokens in the training splits; None: not known of a stream
+    steps_per_epoch: float | None
+    epochs: float | None  # passes over as many sequences as the training splits have
     sources: tuple[Share, ...]
     family: str
     objective: str
@@ -75,12 +76,12 @@ def resolve(
     deepspeed: DeepSpeedConfig,
     world_size: int,
     datasets: Sequence[TokenDataset],
-    order: Mixture,
+    order: Order,
     vocab_size: int,
 ) -> Resolved:
     """Everything that follows from both files, the number of ranks, the data and the model's vocabulary.
 
-    order: of the training samples, whose sources are the data sets.
+    order: of the training samples; a mixture's sources are the data sets.
 
     Raises:
         ConfigProblem: the two files, or one of them and the number of ranks or the data, don't fit together.
@@ -93,13 +94,8 @@ def resolve(
     largest = max(matrix.in_ * matrix.out for matrix in block_matrices(config.model))
     _buffers_hold(max(largest, padded_vocab_size * config.model.hidden_size), deepspeed, world_size)
     _lasts(order, steps, global_batch)
-    taken = order.counts(steps * global_batch).tolist()
-    tokens = sum(n * source.tokens_per_sample for n, source in zip(taken, order.sources, strict=True))
-    shares = tuple(
-        Share(path, n / sum(taken), dataset.split("train").num_tokens, source.size, n / source.size)
-        for path, n, dataset, source in zip(config.data.paths, taken, datasets, order.sources, strict=True)
-    )
-    steps_per_epoch = sum(share.sequences for share in shares) / global_batch
+    shares, tokens = _taken(config, datasets, order, steps * global_batch)
+    steps_per_epoch = sum(share.sequences for share in shares) / global_batch if shares else None
     return Resolved(
         name=config.run.name,
         run_dir=str(config.run_dir),
@@ -112,9 +108,9 @@ def resolve(
         tokens_per_step=round(tokens / steps),
         steps=steps,
         horizon=deepspeed.horizon,
-        train_tokens=sum(share.train_tokens for share in shares),
+        train_tokens=sum(share.train_tokens for share in shares) if shares else None,
         steps_per_epoch=steps_per_epoch,
-        epochs=steps / steps_per_epoch,
+        epochs=steps / steps_per_epoch if steps_per_epoch else None,
         sources=shares,
         family=config.model.family,
         objective=config.objective_kind,
@@ -133,7 +129,21 @@ def resolve(
     )
 
 
-def _lasts(order: Mixture, steps: int, global_batch: int) -> None:
+def _taken(
+    config: RunConfig, datasets: Sequence[TokenDataset], order: Order, samples: int
+) -> tuple[tuple[Share, ...], float]:
+    """What a run of so many samples takes of each data set, none of them of a stream; and its tokens."""
+    if not isinstance(order, Mixture):
+        return (), samples * config.seq_len
+    taken = order.counts(samples).tolist()
+    shares = tuple(
+        Share(path, n / samples, dataset.split("train").num_tokens, source.size, n / source.size)
+        for path, n, dataset, source in zip(config.data.paths, taken, datasets, order.sources, strict=True)
+    )
+    return shares, sum(n * source.tokens_per_sample for n, source in zip(taken, order.sources, strict=True))
+
+
+def _lasts(order: Order, steps: int, global_batch: int) -> None:
     """There are sequences for every step."""
     if order.num_samples < steps * global_batch:
         possible = order.num_samples // global_batch
@@ -213,9 +223,9 @@ def render(resolved: Resolved, attention: str) -> Table:
         + (f", {fill:.1%} full ({r.packing})" if r.packing != "windows" else ""),
         "steps": f"{r.steps:,}"
         + (f" of the schedule's {r.horizon:,}" if r.horizon not in (None, r.steps) else ""),
-        "training tokens": f"{r.train_tokens:,}",
-        "steps per epoch": f"{r.steps_per_epoch:,.1f}",
-        "epochs": f"{r.epochs:,.2f}",
+        "training tokens": _known(r.train_tokens, ",d"),
+        "steps per epoch": _known(r.steps_per_epoch, ",.1f"),
+        "epochs": _known(r.epochs, ",.2f"),
         **{
             f"source {n}": f"{s.path}: {s.share:.1%} of the sequences, {s.train_tokens:,} tokens, "
             f"{s.epochs:,.2f} epochs"
@@ -235,6 +245,10 @@ def render(resolved: Resolved, attention: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _known(number: float | None, form: str) -> str:
+    return "not known: streamed" if number is None else format(number, form)
 
 
 def _offloads(resolved: Resolved) -> list[tuple[str, str]]:

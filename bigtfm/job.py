@@ -14,8 +14,11 @@ from bigtfm.check import Resolved, resolve
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.run import RunConfig, load_run_config
 from bigtfm.data.indexed import TokenDataset
-from bigtfm.data.mixture import Mixture, training_order
+from bigtfm.data.mixture import training_order
+from bigtfm.data.order import Order
 from bigtfm.data.special import SpecialIds, special_ids
+from bigtfm.data.stream_source import StreamSource
+from bigtfm.data.streaming import ShuffledBlocks
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.model.backends import Choice, choose, installed_kernels, needs_of, this_device
 
@@ -30,7 +33,8 @@ class Job:
     run: RunConfig
     deepspeed: DeepSpeedConfig
     datasets: tuple[TokenDataset, ...]  # of the mixture, or the only one
-    order: Mixture  # of the training samples
+    source: StreamSource | None  # of the training text, where it is streamed
+    order: Order  # of the training samples
     special: SpecialIds
     resolved: Resolved
 
@@ -69,17 +73,20 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
 
     Raises:
         ConfigProblem: one of the files, or what they say together, is wrong.
-        DataProblem: the data set is missing, damaged or too small, or its tokenizer lacks what the objective
-            needs.
+        DataProblem: the data set is missing, damaged or too small, its tokenizer lacks what the objective
+            needs, or data.stream can't be trained on.
     """
     deepspeed = load_deepspeed_json(deepspeed_json)
     run = load_run_config(config, overrides)
     datasets = tuple(TokenDataset.open(path) for path in run.data.paths)
     special = special_ids(load_tokenizer(datasets[0].tokenizer_path), run)
-    order = training_order(datasets, run.data, run.seq_len, run.run.seed)
+    source = StreamSource.open(run.data.stream, run.data.text_column) if run.data.stream else None
+    order: Order = ShuffledBlocks(run.seq_len, run.run.seed)
+    if source is None:
+        order = training_order(datasets, run.data, run.seq_len, run.run.seed)
     resolved = resolve(run, deepspeed, world_size, datasets, order, special.vocab_size)
     for dataset in datasets:
         tokens = sum(split.tokens for split in dataset.header.splits.values())
         if tokens * np.dtype(dataset.header.dtype).itemsize <= VERIFIED_BYTES:
             dataset.verify()
-    return Job(config, run, deepspeed, datasets, order, special, resolved)
+    return Job(config, run, deepspeed, datasets, source, order, special, resolved)

@@ -53,6 +53,8 @@ def _data_identity(job: Job) -> dict[str, Any]:
     parts: dict[str, Any] = {"sha256": job.dataset.identity, "seq_len": job.run.seq_len}
     if data.packing != "windows":
         parts["packing"] = data.packing
+    if job.source is not None:
+        parts["stream"] = job.source.identity
     if len(job.datasets) > 1:
         parts["sources"] = {
             str(n): {"sha256": dataset.identity, "weight": source.weight, "max_epochs": source.max_epochs}

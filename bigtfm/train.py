@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import NoCheckpoint, NumericsProblem, RequeueRequested
+from bigtfm.config.problems import DataProblem, NoCheckpoint, NumericsProblem, RequeueRequested
 from bigtfm.data.indexed import Split
 from bigtfm.data.loader import Loader, TokenStream
 from bigtfm.data.objectives import make_objective
 from bigtfm.data.order import InOrder, Order, Windows, digest
 from bigtfm.data.prefetch import Prefetcher
+from bigtfm.data.streaming import StreamedTokens
 from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
 from bigtfm.engine.checkpoint import Progress, Retention
@@ -55,6 +56,9 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     if validation is not None:
         require_labels(validation, run.eval.tokens)
     progress, probe = resume(job, engine, ranks)
+    stream = loader.stream if isinstance(loader.stream, StreamedTokens) else None
+    if stream is not None:
+        start_stream(job, stream, progress, ranks)
     with ranks.together("writing the run directory"):
         if ranks.rank == 0:
             lay_out(job)
@@ -65,6 +69,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
         Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else nullcontext() as recorder,
         closing(make_saver(job, engine, ranks, probe)) as saver,
         Prefetcher(loader, run.data.workers, pin_memory=True) as reader,
+        closing(stream) if stream is not None else nullcontext(),
     ):
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
@@ -102,6 +107,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
             progress.step += 1
             progress.samples += stride * accumulation
             progress.tokens += taken.num_tokens
+            progress.stream = stream.mark_of(progress.samples) if stream is not None else None
             total_loss = ranks.sum([float(loss_sum)])[0]
             grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
             require_finite(progress.step, total_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
@@ -135,14 +141,38 @@ def fresh_model(job: Job) -> LanguageModel:
 
 
 def batches_of(job: Job, split: str) -> Loader:
-    """A split's batches: training in each epoch's own order, validation as it stands."""
+    """A split's batches: training in each epoch's own order, or from a stream; validation as it stands."""
     run = job.run
     stream: TokenStream = job.dataset.split(split)
     order: Order = InOrder(Windows(stream.num_tokens, run.seq_len, full=False))
     if split == "train":
-        stream, order = Split.join([dataset.split(split) for dataset in job.datasets]), job.order
+        stream = Split.join([dataset.split(split) for dataset in job.datasets])
+        if job.source is not None:
+            stream = StreamedTokens.like(job.dataset, job.source, run.seq_len)
+        order = job.order
     objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
     return Loader(stream, order, run.seq_len, job.dataset.vocab_size, objective)
+
+
+def start_stream(job: Job, stream: StreamedTokens, progress: Progress, ranks: Ranks) -> None:
+    """Puts a stream where the run stands.
+
+    Raises:
+        DataProblem: the ranks do not see the same data set.
+    """
+    assert job.source is not None
+    if any(other != job.source.identity for other in ranks.gather(job.source.identity)):
+        raise DataProblem(
+            "not all ranks find the same files or the same commit",
+            where=job.source.name,
+            fix="give all machines the same folder, or name a commit: hf:NAME#COMMIT",
+        )
+    stream.start(
+        progress.samples,
+        progress.stream,
+        accept_changes="data" in job.run.resume.allow,
+        say=print if ranks.rank == 0 else lambda _: None,
+    )
 
 
 def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]:

@@ -78,6 +78,11 @@ class RunConfig(Section):
                 "objective.next_sentence needs a model with a next-sentence head",
                 "set model.next_sentence to true and model.token_types to 2",
             )
+        if objective.next_sentence and self.data.stream:
+            raise ValueError(
+                "objective.next_sentence takes sentences from all over the text, and a stream is read once",
+                "set objective.next_sentence to 0, or `bigtfm prepare` the text and leave data.stream out",
+            )
         return self
 
     @property

@@ -330,9 +330,9 @@ class DataSection(Section):
     )
     stream: str | None = Field(
         default=None,
-        description="training text that is read and tokenized while training: hf:NAME[@CONFIG][:SPLIT], a "
-        "data set of the Hugging Face hub or a local folder; `path` still gives tokenizer and validation; "
-        "unset: the training split of `path`",
+        description="training text that is read and tokenized while training: "
+        "hf:NAME[#REVISION][@CONFIG][:SPLIT], a data set of the Hugging Face hub or a local folder; `path` "
+        "still gives tokenizer and validation; unset: the training split of `path`",
     )
     text_column: str = Field(default="text", min_length=1, description="column of the text in `stream`")
     seq_len: int | None = Field(
@@ -362,10 +362,15 @@ class DataSection(Section):
         if self.stream is not None and not (self.stream.startswith("hf:") and len(self.stream) > 3):
             raise ValueError(
                 f"data.stream {self.stream} can't be streamed",
-                "write hf:NAME[@CONFIG][:SPLIT], or `bigtfm prepare` the text",
+                "write hf:NAME[#REVISION][@CONFIG][:SPLIT], or `bigtfm prepare` the text",
             )
         if self.stream and self.sources:
             raise ValueError("data.stream and data.sources both say what to train on", "keep one of them")
+        if self.stream and self.workers:
+            raise ValueError(
+                f"each of {self.workers} data.workers would read the whole of data.stream",
+                "set data.workers to 0: a thread reads and tokenizes ahead",
+            )
         if self.stream and self.packing == "best_fit":
             raise ValueError(
                 "data.packing best_fit needs the length of every document, and a stream's are not known",

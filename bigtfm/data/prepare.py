@@ -85,7 +85,8 @@ def prepare(
 
     Args:
         inputs: files (.txt .jsonl .csv .parquet, some .gz), folders, "-" (stdin), "embedded", a folder that
-            `datasets` saved, or hf:NAME[@CONFIG][:SPLIT] (a hub name or local folder, loaded by `datasets`).
+            `datasets` saved, or hf:NAME[#REVISION][@CONFIG][:SPLIT] (a hub name or local folder, loaded by
+            `datasets`).
         out: folder to write; it is a data set once it holds dataset.json.
         tokenizer: a sentencepiece .model, a tokenizer.json or a folder; None: train a sentencepiece model.
         vocab_size: pieces to train; None: what suits the size of the text (2048 for the embedded corpus).

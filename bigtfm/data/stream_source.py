@@ -29,7 +29,7 @@ class StreamSource:
 
     @classmethod
     def open(cls, name: str, text_column: str) -> StreamSource:
-        """Looks up the files of `name`, hf:NAME[@CONFIG][:SPLIT], and reads its first row.
+        """Looks up the files of `name`, hf:NAME[#REVISION][@CONFIG][:SPLIT], and reads its first row.
 
         Raises:
             DataProblem: there is no such data set, split or column, no row, no text in the column, or what
@@ -42,12 +42,12 @@ class StreamSource:
             raise DataProblem(f"split '{split}' has no rows", where=name, fix="name a split that has some")
         if text_column not in first:
             raise tables.no_column(text_column, list(first), name, option="set data.text_column")
-        as_bytes(first[text_column], text_column, lambda: name)
         kind = getattr((rows.features or {}).get(text_column), "dtype", "string")  # unknown: rows will tell
         if kind not in TEXT_TYPES:
             raise DataProblem(
                 f"column '{text_column}' holds {kind}, not text", where=name, fix=TEXT_COLUMN_FIX
             )
+        as_bytes(first[text_column], text_column, lambda: name)
         files = _files(builder, split, name)
         identity = {"config": builder.config.name, "split": split, "text_column": text_column, "block": BLOCK}
         return cls(name, text_column, files | identity, builder, split)

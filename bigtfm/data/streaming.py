@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from bigtfm.config.problems import DataProblem
 from bigtfm.data import tables
 from bigtfm.data.documents import TEXT_COLUMN_FIX, as_bytes
+from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.order import MAX_SIZE, Pieces, digest, shuffled
 from bigtfm.data.stream_source import BLOCK, StreamSource
-from bigtfm.data.tokenizer import Tokenizer
+from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.data.units import document_hash, tokenize
 
 BATCH_BYTES = 1 << 16  # of documents tokenized at once; a resumed run reads up to this much again
@@ -85,7 +86,6 @@ class StreamedTokens:
     Asked for ever later positions; `mark_of` lets go of what lies behind. A thread reads one block ahead.
 
     held_out: share of the documents that belongs to validation, as in `bigtfm prepare`. block: in windows.
-    say: is told, in one line, when a run has to read the stream from its beginning.
     """
 
     name = "streamed"
@@ -100,29 +100,47 @@ class StreamedTokens:
         *,
         held_out: float = 0.0,
         block: int = BLOCK,
-        say: Callable[[str], None] = print,
     ) -> None:
         self._source, self._tokenizer, self._dtype = source, tokenizer, dtype
         self._block, self._size = block, block * seq_len
         self._held_out = int(held_out * 2**64)
-        self._say = say
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = ThreadPoolExecutor(1, "read ahead")
         self.start(0, None)
 
-    def start(self, sample: int, state: dict[str, Any] | None) -> None:
+    @classmethod
+    def like(cls, dataset: TokenDataset, source: StreamSource, seq_len: int) -> StreamedTokens:
+        """The source, tokenized as a data set was, without the documents that its validation takes."""
+        return cls(
+            source,
+            load_tokenizer(dataset.tokenizer_path),
+            np.dtype(dataset.header.dtype),
+            seq_len,
+            held_out=dataset.header.options.get("validation_fraction", 0.0),
+        )
+
+    def start(
+        self,
+        sample: int,
+        state: dict[str, Any] | None,
+        *,
+        accept_changes: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
         """Goes on with the sample of this number, from the state that `mark_of` gave for it.
 
         Without one, or where it does not serve, the stream is read from its beginning up to there. Nothing is
         read before it is asked for.
+
+        accept_changes: of the text before that sample. say: is told of reading from the beginning, in a line.
         """
         self._ahead: Future[_Block] | None = None
         self._blocks: dict[int, _Block] = {}
         self._next = sample // self._block
         saved = Mark(**state) if state else None
         self._marks = {self._next: saved}
-        self._reading = self._read(self._next, saved)
+        self._reading = self._read(self._next, saved, accept_changes, say)
 
     def mark_of(self, sample: int) -> dict[str, Any] | None:
         """The state to save for a run that goes on with `sample`; blocks before that sample's are let go."""
@@ -183,7 +201,9 @@ class StreamedTokens:
             assert number in self._blocks, f"block {number} has been let go"
             return self._blocks[number]
 
-    def _read(self, number: int, saved: Mark | None) -> Iterator[_Block]:
+    def _read(
+        self, number: int, saved: Mark | None, accept_changes: bool, say: Callable[[str], None]
+    ) -> Iterator[_Block]:
         """The blocks from `number` on, read from the `saved` place where that works, else from the beginning.
 
         Raises:
@@ -201,8 +221,8 @@ class StreamedTokens:
                 yield from blocks
         if why is not None:
             sample = number * self._block
-            self._say(f"{self._source.name}: {why}: reading from the beginning to sample {sample:,}")
-        yield from self._blocks_from(number, Mark(), saved)
+            say(f"{self._source.name}: {why}: reading from the beginning to sample {sample:,}")
+        yield from self._blocks_from(number, Mark(), None if accept_changes else saved)
 
     def _blocks_from(self, number: int, begin: Mark, saved: Mark | None) -> Iterator[_Block]:
         """The blocks from `number` on, read from `begin`, if what lies behind `saved` is what it was."""

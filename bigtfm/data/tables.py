@@ -49,7 +49,7 @@ def open_arrow(path: str, column: str) -> Any:
 
 @lru_cache(maxsize=1)  # a look-up on the hub each
 def open_streamed(name: str, column: str) -> Any:
-    """`hf:NAME[@CONFIG][:SPLIT]`, a name on the hub or a local folder, as a stream of rows."""
+    """`hf:NAME[#REVISION][@CONFIG][:SPLIT]`, a name on the hub or a local folder, as a stream of rows."""
     rows = open_split(name)[1]
     with datasets_errors(name):
         columns = rows.column_names or list(next(iter(rows), {column: ""}))
@@ -59,20 +59,23 @@ def open_streamed(name: str, column: str) -> Any:
 
 
 def open_split(name: str) -> tuple[Any, Any, str]:
-    """Of `hf:NAME[@CONFIG][:SPLIT]`: its builder, the split as a stream of rows, and that split's name."""
-    match = re.fullmatch(r"hf:(?P<name>[^:@]+)(?:@(?P<config>[^:@]+))?(?::(?P<split>[^:@]+))?", name)
+    """Builder, rows as a stream, and split's name of `hf:NAME[#REVISION][@CONFIG][:SPLIT]`."""
+    match = re.fullmatch(
+        r"hf:(?P<name>[^:@#]+)(?:#(?P<revision>[^:@#]+))?(?:@(?P<config>[^:@]+))?(?::(?P<split>[^:@]+))?",
+        name,
+    )
     if match is None:
         raise DataProblem(
             "not the name of a data set",
             where=name,
-            fix="write hf:NAME, hf:NAME:SPLIT or hf:NAME@CONFIG:SPLIT",
+            fix="write hf:NAME, hf:NAME:SPLIT or hf:NAME#REVISION@CONFIG:SPLIT",
         )
     with datasets_errors(name):
         import datasets
 
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
-        builder = datasets.load_dataset_builder(match["name"], match["config"])
+        builder = datasets.load_dataset_builder(match["name"], match["config"], revision=match["revision"])
         splits = builder.as_streaming_dataset()
         split = match["split"] or _only_split(list(splits), name)
         if split not in splits:

@@ -141,6 +141,17 @@ def test_every_field_says_what_it_is() -> None:
         (["mask_fraction=0.5"], "objective.mask_fraction does nothing for causal_lm"),
         (["attention_dropout=0.1", "attention=sdpa"], "can't drop attention weights"),
         (["compile_blocks=true", "recompute=selective"], "can't look into compiled blocks"),
+        (["stream=hf:wiki", "workers=2"], "set data.workers to 0"),
+        (
+            [
+                "stream=hf:wiki",
+                "family=bert",
+                "model.next_sentence=true",
+                "token_types=2",
+                "objective.next_sentence=77",
+            ],
+            "a stream is read once",
+        ),
     ],
 )
 def test_what_would_do_nothing_or_nonsense_is_refused(overrides: list[str], fragment: str) -> None:

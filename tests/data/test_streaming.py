@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,8 +105,9 @@ def open_stream(folder, tokenizer, monkeypatch):
         source = source or StreamSource.open(f"hf:{folder}", "text")
         said = said if said is not None else []
         stream = StreamedTokens(
-            source, tokenizer, np.dtype(np.uint16), SEQ_LEN, held_out=HELD_OUT, block=BLOCK, say=said.append
+            source, tokenizer, np.dtype(np.uint16), SEQ_LEN, held_out=HELD_OUT, block=BLOCK
         )
+        stream.start = partial(stream.start, say=said.append)
         opened.append(stream)
         return stream
 
@@ -286,7 +288,7 @@ def test_text_that_changed_in_place_is_noticed(open_stream, folder, tmp_path, pr
     with pytest.raises(DataProblem, match=r"not what it was\. Fix: .*resume.allow=data"):
         loader_of(stream).batch(sample, 1)
     assert len(said) == 1
-    stream.start(sample, None)  # what resume.allow=data comes to
+    stream.start(sample, state, accept_changes=True)
     loader_of(stream).batch(sample, 1)
 
 
