@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from bigtfm.engine import checkpoint, fragments
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.fragments import Fragment
 from bigtfm.engine.probe import Probe
+from bigtfm.engine.weights import safetensors_header
 
 if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
@@ -179,20 +179,11 @@ class Saver:
 
         The hash is of what was meant to be written, so that a disk that keeps something else is found out.
         """
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for name, places in self._layout.items():
-            for place in places:
-                ends = [4 * place.first, 4 * (place.first + place.numel)]
-                header[f"{name}|{place.key}"] = {
-                    "dtype": "F32",
-                    "shape": [place.numel],
-                    "data_offsets": ends,
-                }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        places = ((f"{name}|{place.key}", place) for name, group in self._layout.items() for place in group)
+        header = safetensors_header({name: (place.numel,) for name, place in places})
         sha256, size = hashlib.sha256(), 0
         with path.open("wb", buffering=0) as file:
-            for part in (len(text).to_bytes(8, "little"), text, self._buffer.numpy().data.cast("B")):
+            for part in (memoryview(header), self._buffer.numpy().data.cast("B")):
                 sha256.update(part)
                 written = 0
                 while written < len(part):  # Linux writes at most 2 GiB at once

@@ -99,6 +99,25 @@ def in_shards(shapes: Mapping[str, Shape], limit: int) -> list[list[str]]:
     return groups
 
 
+def safetensors_header(
+    shapes: Mapping[str, Shape],
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """How a safetensors file of these tensors, one behind the other, begins: a length in 8 bytes, then JSON.
+
+    metadata: beside "format".
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, Shape],
@@ -108,18 +127,10 @@ def write_safetensors(
 ) -> None:
     """A safetensors file, written tensor by tensor; safetensors' own function wants all at once.
 
-    tensors: name and values in the order of `shapes`. metadata: beside "format". The format: the header's
-    length in 8 bytes, the header as JSON, the values.
+    tensors: name and values in the order of `shapes`. metadata: beside "format".
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(shapes, dtype, metadata))
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             assert (name, shape) == (given, tuple(tensor.shape)), (
                 f"{given} {tensor.shape} is not {name} {shape}"
