@@ -266,6 +266,8 @@ class StreamedTokens:
         while True:
             epoch_begin = position
             for before, documents in self._documents(state):
+                if self._closed.is_set():
+                    raise CancelledError
                 tokens, starts = tokenize(self._tokenizer, documents, self._dtype)
                 yield _Batch(Mark(position, epoch, before), tokens, starts + position)
                 position += len(tokens)
@@ -292,8 +294,6 @@ class StreamedTokens:
                 if size >= BATCH_BYTES:
                     yield state, documents
                     state, documents, size = rows.state_dict(), [], 0
-                if self._closed.is_set():
-                    raise CancelledError
         if documents:
             yield state, documents
 

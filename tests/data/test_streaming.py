@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -453,11 +454,19 @@ def test_a_source_of_empty_documents_is_refused(open_stream, tmp_path):
         stream.read(0, 1)
 
 
-def test_closing_ends_the_thread(open_stream):
-    stream = open_stream()
-    stream.read(0, 5)
+def test_closing_ends_the_thread_at_once(open_stream, tokenizer):
+    """However much it still had to read."""
+    counting = Counting(tokenizer)
+    stream = open_stream(tokenizer=counting)
+    stream.start(10**9, None)
+    waiting = ThreadPoolExecutor(1)
+    read = waiting.submit(stream.read, 10**9 * SEQ_LEN, 10**9 * SEQ_LEN + 1)
+    time.sleep(0.2)
     stream.close()
     assert not any(thread.is_alive() for thread in stream._thread._threads)
+    assert isinstance(read.exception(), CancelledError)
+    waiting.shutdown()
+    assert counting.documents > 100
 
 
 def test_marks_are_where_documents_begin(open_stream, repeated):
