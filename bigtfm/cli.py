@@ -243,9 +243,9 @@ def pack(
     seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens in a training sequence.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a sentence.")] = False,
 ) -> None:
-    """Put whole documents together into training sequences (data.packing = "best_fit").
+    """Pack whole documents into training sequences.
 
-    Writes the plan beside the data; cuts only documents that are longer than a sequence.
+    Writes the plan that data.packing = "best_fit" needs beside the data; cuts only documents that are longer than a sequence.
     """
     from bigtfm.data.best_fit import pack as run
 

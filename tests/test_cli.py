@@ -102,6 +102,7 @@ UNITS = {  # of every number: the word that its help has to hold
     "--num-return-sequences": "answers",
     "--tolerance": "relative difference",
     "--step": "optimizer step",
+    "--seq-len": "tokens",
 }
 
 

@@ -18,6 +18,7 @@ from bigtfm.data.best_fit import HEADER_NAME, Packed, best_fit_decreasing, make_
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.loader import Loader
 from bigtfm.data.mixture import Mixture
+from bigtfm.data.prepare import prepare
 
 
 def naive(lengths, capacity):
@@ -223,17 +224,32 @@ def test_a_plan_travels_by_path(data):
 
 
 @pytest.mark.launcher
-def test_packed_losses_are_the_same_on_one_rank_and_two(tmp_path: Path, data: Path, deepspeed_json) -> None:
-    pack(data, 32)
-    fixed = [f"data.path={data}", *TINY, "steps=5", "data.packing=best_fit"]
-    json_files = [deepspeed_json(f"{n}.json", train_micro_batch_size_per_gpu=n) for n in (1, 4)]
-    curves = []
-    for world_size in (1, 2):
-        jobs = [[str(path), f"run.name={world_size}-{path.stem}", *fixed] for path in json_files]
-        if world_size == 1:  # the control: windows are another order
-            jobs.append([str(json_files[0]), "run.name=windows", *fixed[:-1]])
+def test_losses_are_the_same_on_one_rank_and_two(tmp_path: Path, data: Path, deepspeed_json) -> None:
+    """Of packed sequences, and of a mixture of them with another data set whose one epoch is soon over."""
+    (tmp_path / "text.txt").write_text("The state of the Union is strong.\n\n" * 300)
+    prepare(
+        [str(tmp_path / "text.txt")], tmp_path / "other", tokenizer=str(data / "tokenizer"), workers=1,
+        validation_fraction=0.0, progress=False,
+    )  # fmt: skip
+    pack(data, 32), pack(tmp_path / "other", 32)
+    tables = f'{{path="{data}"}}, {{path="{tmp_path / "other"}", weight=2, max_epochs=0.05}}'
+    kinds = {
+        "packed": [f"data.path={data}", "data.packing=best_fit"],
+        "mixed": [f"data.sources=[{tables}]", "data.packing=best_fit"],
+        "windows": [f"data.path={data}"],
+    }
+    curves: dict[str, list[list[float]]] = {}
+    for world_size, micro_batch in ((1, 4), (2, 1)):
+        json_file = deepspeed_json(f"{world_size}.json", train_micro_batch_size_per_gpu=micro_batch)
+        jobs = [
+            [str(json_file), f"run.name={kind}-{world_size}", *TINY, "steps=5", *overrides]
+            for kind, overrides in kinds.items()
+        ]
         finished = rank_runner.train_all(jobs, tmp_path, world_size)
         assert finished.codes == [0] * world_size, finished.output[-3000:]
-        curves += [losses(tmp_path / "runs" / f"{world_size}-{path.stem}") for path in json_files]
-    assert all(curve == pytest.approx(curves[0], abs=1e-5) for curve in curves)
-    assert losses(tmp_path / "runs" / "windows") != pytest.approx(curves[0], abs=1e-3)
+        for kind in kinds:
+            curves.setdefault(kind, []).append(losses(tmp_path / "runs" / f"{kind}-{world_size}"))
+    for one, two in curves.values():
+        assert two == pytest.approx(one, abs=1e-5)
+    for kind, other in (("packed", "mixed"), ("packed", "windows"), ("mixed", "windows")):  # they differ
+        assert curves[kind][0] != pytest.approx(curves[other][0], abs=1e-3)
