@@ -34,6 +34,7 @@ from rich.table import Table
 
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import Problem
+from bigtfm.data.best_fit import pack
 from bigtfm.data.prepare import prepare
 from bigtfm.environment import environment
 from bigtfm.job import check_job
@@ -51,6 +52,7 @@ TASKS = {
     "causal_lm, biases": (  # GPT-2's blocks, but for the bias of keys, whose gradient is 0
         "model.bias=true", "model.qkv_bias=false", "model.norm=layernorm", "model.activation=gelu",
     ),
+    "causal_lm, best fit": ("data.packing=best_fit",),
     "masked_lm": ("model.family=bert",),
     "span_corruption": ("model.family=encoder_decoder",),
 }  # fmt: skip
@@ -93,7 +95,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "-".join(map(str, self)).replace(", ", "-")
+        return "-".join(map(str, self)).replace(", ", "-").replace(" ", "-")
 
     @property
     def deepspeed_json(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def cells() -> list[Cell]:
         *(Cell("causal_lm, biases", stage, 2, 2, "selective") for stage in STAGES),
         *(
             Cell(task, stage, ranks, 2 * ranks, "none" if ranks == 1 else "full")
-            for task in ("masked_lm", "span_corruption")
+            for task in ("causal_lm, best fit", "masked_lm", "span_corruption")
             for stage in STAGES
             for ranks in RANKS
         ),
@@ -130,6 +132,7 @@ def make_data(folder: Path) -> Path:
                 words = words[count:]
                 file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     prepare([str(folder / "ragged.jsonl")], folder / "tokens", vocab_size=512, workers=1, progress=False)
+    pack(folder / "tokens", seq_len=32)
     return folder / "tokens"
 
 
