@@ -59,6 +59,10 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "
     "run.init_from=runs/gpt2 run.name=mine data.path=data/mine": "needs that import",
+    "bigtfm prepare --input sample.jsonl --out data/sample": "needs a sample of a data set on the hub",
+    "bigtfm train --deepspeed_config ds.json data.path=data/sample data.stream=hf:allenai/c4@en:train": (
+        "reads from the Hugging Face hub"
+    ),
     "bigtfm import-deepspeed ckpt runs/mine --deepspeed_config ds.json --config run.toml "
     "data.path=data/mine steps=20000": "needs a training of another program",
     "bigtfm train --deepspeed_config ds.json --config run.toml data.path=data/mine steps=20000 run.dir=runs "
