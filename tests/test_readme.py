@@ -26,6 +26,7 @@ RUN = {
     "make quickstart": "make quickstart STEPS=20 ARGS='eval.tokens=2048'",
     "make test": "make -n test",  # this test is part of it
     "bigtfm prepare --input my.txt --out data/mine": AS_IT_STANDS,
+    "bigtfm pack data/mine --seq-len 2048": AS_IT_STANDS,
     "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
     "data.path=data/mine run.name=mine": f"{{}} steps=3 {SHORT}",
     'bigtfm generate --run runs/mine --prompt "Once upon a time" --max-new-tokens 50': AS_IT_STANDS,
