@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import many_runs
 import pytest
@@ -13,9 +15,11 @@ from plain_torch import relative
 from typer.testing import CliRunner
 
 from bigtfm.cli import app
-from bigtfm.config.problems import Problem
+from bigtfm.config.problems import DataProblem, Problem
 from bigtfm.data.stream_source import BLOCK
+from bigtfm.engine.checkpoint import Progress, flush_and_hash
 from bigtfm.job import check_job
+from bigtfm.train import batches_of, start_stream
 
 SEQ_LEN, GLOBAL_BATCH = 16, 256
 BATCH = {"train_batch_size": GLOBAL_BATCH, "train_micro_batch_size_per_gpu": 64}
@@ -93,6 +97,35 @@ def test_a_checkpoint_says_where_its_block_begins(folder: Path) -> None:
 
 @pytest.mark.launcher
 @pytest.mark.slow
+@pytest.mark.parametrize("saved", ["none", "a window too far"])
+def test_the_saved_position_is_what_decides(
+    saved: str, folder: Path, tiny_data: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Without one the stream is read from its beginning: the same losses. Another is refused."""
+    many_runs.fork_run(folder / "moved", tmp_path / "forked", EDGE)
+    found = tmp_path / f"forked/checkpoints/step-{EDGE:08d}"
+    state = json.loads((found / "state.json").read_text())
+    state["progress"]["stream"] = None if saved == "none" else stream_state(folder / "whole", PARTS[-1][0])
+    if saved != "none":
+        state["progress"]["stream"]["position"] += SEQ_LEN
+    (found / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((found / "manifest.json").read_text())
+    manifest["files"]["state.json"] = flush_and_hash(found / "state.json")
+    (found / "manifest.json").write_text(json.dumps(manifest))
+    path, *overrides = job(tmp_path, tiny_data, rows, "forked", "model.dropout=0.1", f"steps={PARTS[-1][0]}")
+    done = rank_runner.run(["train", "--deepspeed_config", path, *overrides], tmp_path / "ranks")
+    assert "reading from the beginning to sample 6,144" in done.outputs[0]
+    if saved == "none":
+        assert done.code == 0, done.outputs[0]
+        after = [many_runs.losses_after(run, EDGE) for run in (tmp_path / "forked", folder / "whole")]
+        assert relative(*after) <= 1e-5
+    else:
+        assert done.code == 65
+        assert "the text before the saved position is not what it was" in done.outputs[0]
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
 def test_a_source_that_changed_is_refused_until_it_is_accepted(
     folder: Path, tiny_data: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -146,3 +179,14 @@ def test_what_can_not_be_streamed_is_one_line(
         check_job(None, Path(path), [*overrides, override.format(rows=rows)], world_size=1)
     assert raised.value.exit_code == code
     assert said in raised.value.line
+
+
+def test_ranks_that_find_other_files_are_refused(tmp_path: Path, tiny_data: Path, rows: Path) -> None:
+    path, *overrides = job(tmp_path, tiny_data, rows, "apart")
+    checked = check_job(None, Path(path), overrides, world_size=2)
+    stream = batches_of(checked, "train").stream
+    for files in (4, 5):
+        ranks = SimpleNamespace(rank=0, gather=lambda mine, files=files: [mine, {**mine, "files": files}])
+        with pytest.raises(DataProblem, match="not all ranks") if files == 5 else nullcontext():
+            start_stream(checked, stream, Progress(), ranks)
+    stream.close()
