@@ -12,14 +12,7 @@ from typing import Any
 
 import pytest
 import rank_runner
-import torch
 from conftest import TINY, losses
-from loaders import windows_loader
-
-from bigtfm.config.run import load_run_config
-from bigtfm.data.indexed import TokenDataset
-from bigtfm.model.gpt import GPT
-from bigtfm.model.transformer import init_weights
 
 Json = Callable[..., Path]
 pytestmark = pytest.mark.launcher
@@ -87,48 +80,6 @@ def test_stages_on_two_ranks_give_the_same_losses(
         assert curve == pytest.approx(reference, abs=1e-5)
 
 
-def test_accumulation_gives_the_same_losses(
-    tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
-) -> None:
-    json_files = [deepspeed_json(f"{n}.json", train_micro_batch_size_per_gpu=n) for n in (1, 4, 8)]
-    for curve in trained_all(tmp_path, tiny_data, json_files, world_size=1):
-        assert curve == pytest.approx(reference, abs=1e-5)
-
-
-def test_losses_and_gradient_norms_are_those_of_plain_torch(
-    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
-) -> None:
-    """The oracle: the global batch in one forward, the mean over its labels, torch's AdamW and clipping."""
-    run_dir = trained(tmp_path, tiny_data, deepspeed_json(stage=2), "steps=5", world_size=2)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-    run = load_run_config(None, [f"data.path={tiny_data}", *TINY])
-    dataset = TokenDataset.open(tiny_data)
-    loader = windows_loader(dataset.split("train"), run.seq_len, run.run.seed, dataset.vocab_size)
-    model = GPT(run.model, dataset.vocab_size, seed=run.run.seed)
-    init_weights(model)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=3e-3
-    )
-    labels = []
-    for step in range(5):
-        batch = loader.batch(8 * step, 8)
-        labels.append([loader.batch(8 * step + 2 * part, 2).num_labels for part in range(4)])
-        loss_sum, count = model(**batch.model_inputs())
-        loss = loss_sum / count
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-6)
-        assert rows[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
-    assert any(len(set(parts)) > 1 for parts in labels), (
-        "micro batches differ in labels, so a mean of means is off"
-    )
-
-
 def test_another_seed_gives_other_losses(
     tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
 ) -> None:
@@ -154,29 +105,6 @@ def test_dropout_does_not_depend_on_ranks(
     )
     assert losses(one) == pytest.approx(losses(other), abs=1e-5)
     assert losses(one) != pytest.approx(reference[:6], abs=1e-3), "dropout does something"
-
-
-def test_a_resume_on_other_ranks_stages_and_accumulations_stays_on_the_curve(
-    tmp_path: Path, tiny_data: Path, deepspeed_json: Json, reference: list[float]
-) -> None:
-    for steps, stage, world_size, micro_batch in ((5, 2, 2, 1), (10, 3, 1, 2), (15, 0, 2, 4), (20, 1, 1, 8)):
-        json_file = deepspeed_json(stage=stage, train_micro_batch_size_per_gpu=micro_batch)
-        run_dir = trained(tmp_path, tiny_data, json_file, f"steps={steps}", world_size=world_size)
-    assert losses(run_dir) == pytest.approx(reference, abs=1e-5)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ten_steps_equal_five_and_five_bitwise(
-    stage: int, tmp_path: Path, tiny_data: Path, deepspeed_json: Json
-) -> None:
-    schedule = {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 4}}
-    json_file = deepspeed_json(stage=stage, scheduler=schedule)
-    whole = trained(tmp_path, tiny_data, json_file, "steps=10", world_size=2, name="whole")
-    for steps in (5, 10):
-        parts = trained(tmp_path, tiny_data, json_file, f"steps={steps}", world_size=2, name="parts")
-    assert [loss.hex() for loss in losses(parts)] == [loss.hex() for loss in losses(whole)]
-    assert shard_hashes(parts, 10) == shard_hashes(whole, 10)
-    assert shard_hashes(parts, 10) != shard_hashes(parts, 5), "the control: another step has other bits"
 
 
 @pytest.mark.parametrize(
