@@ -213,17 +213,17 @@ def render(resolved: Resolved, attention: str) -> Table:
     from rich.table import Table
 
     r = resolved
-    fill = r.tokens_per_step / (r.global_batch * r.seq_len)
     offload = [f"{what} on {where}" for what, where in _offloads(r) if where != "none"]
     rows = {
         "run": f"{r.name} in {r.run_dir}",
         "batch": f"{r.global_batch:,} sequences = {r.micro_batch} micro batch x {r.accumulation} "
         f"accumulation x {r.world_size} ranks",
-        "tokens per step": f"{r.tokens_per_step:,} = {r.global_batch:,} x {r.seq_len:,}"
-        + (f", {fill:.1%} full ({r.packing})" if r.packing != "windows" else ""),
+        "tokens per step": f"{r.tokens_per_step:,} {'=' if r.packing == 'windows' else 'of'} "
+        f"{r.global_batch:,} x {r.seq_len:,}",
         "steps": f"{r.steps:,}"
         + (f" of the schedule's {r.horizon:,}" if r.horizon not in (None, r.steps) else ""),
         "training tokens": _known(r.train_tokens, ",d"),
+        "packing": f"{r.packing}, {r.tokens_per_step / (r.global_batch * r.seq_len):.2%} full",
         "steps per epoch": _known(r.steps_per_epoch, ",.1f"),
         "epochs": _known(r.epochs, ",.2f"),
         **{

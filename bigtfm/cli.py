@@ -245,7 +245,8 @@ def pack(
 ) -> None:
     """Pack whole documents into training sequences.
 
-    Writes the plan that data.packing = "best_fit" needs beside the data; cuts only documents that are longer than a sequence.
+    Cuts only documents that are longer than a sequence. The plan lies beside the data, for data.packing =
+    "best_fit".
     """
     from bigtfm.data.best_fit import pack as run
 
