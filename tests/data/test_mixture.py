@@ -271,6 +271,7 @@ def test_a_trillion_tokens_open_in_a_tenth_of_a_second(tmp_path):
             seconds.append(time.process_time() - began)
         assert len(batch.input_ids) == 8 * 2048
         assert len({sample // (10**12 // 2048) for sample in batch.samples}) == sources
+        # The first time, the kernel fills pages with the holes that are read: 0.1 s, whatever the size.
         assert min(seconds) < 0.1, (sources, seconds)
 
 
