@@ -264,15 +264,12 @@ def test_a_trillion_tokens_open_in_a_tenth_of_a_second(tmp_path):
     one = DataSection(path=a)
     two = data_section({"path": a, "weight": 0.7}, {"path": b, "weight": 0.3})
     for section, sources in ((one, 1), (two, 2)):
-        seconds = []
-        for _ in range(3):
-            began = time.process_time()
-            batch = first_batch(section)
-            seconds.append(time.process_time() - began)
+        began = time.process_time()
+        batch = first_batch(section)
+        seconds = time.process_time() - began
         assert len(batch.input_ids) == 8 * 2048
         assert len({sample // (10**12 // 2048) for sample in batch.samples}) == sources
-        # The first time, the kernel fills pages with the holes that are read: 0.1 s, whatever the size.
-        assert min(seconds) < 0.1, (sources, seconds)
+        assert seconds < 0.1, (sources, seconds)
 
 
 def test_a_joined_stream_is_the_files_one_behind_the_other(tmp_path, tiny_data):
