@@ -16,6 +16,7 @@ from torch import Tensor
 from bigtfm.config.problems import ConfigProblem, NoCheckpoint, NumericsProblem
 from bigtfm.engine import checkpoint, weights
 
+TRIES = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,10 +43,38 @@ def export(
         raise ConfigProblem(
             f"no dtype {dtype}", where="command line", fix=f"pass --dtype {', '.join(DTYPES)}"
         )
-    if not out.name or out.is_dir() or (os.path.lexists(out) and not force):
-        fix = "choose another OUT" if not out.name or out.is_dir() else "choose another OUT, or pass --force"
-        raise ConfigProblem("is there already", where=str(out), fix=fix)
-    folder = _chosen(run_dir, step, best)
+    _require_place(out, run_dir / "checkpoints", force)
+    for _ in range(TRIES - 1):
+        seen = _last_change(run_dir)
+        try:
+            return _write(_chosen(run_dir, step, best), out, dtype)
+        except (NoCheckpoint, FileNotFoundError):
+            if _last_change(run_dir) == seen:  # else a training saved and pruned what was being read
+                raise
+    return _write(_chosen(run_dir, step, best), out, dtype)
+
+
+def _require_place(out: Path, checkpoints: Path, force: bool) -> None:
+    """Raises ConfigProblem where no file of weights is to be put."""
+    real, fix = Path(os.path.realpath(out.parent)), "choose another OUT"
+    if real.is_relative_to(os.path.realpath(checkpoints)):
+        raise ConfigProblem("lies among the run's checkpoints", where=str(out), fix=fix)
+    there = not out.name or os.path.lexists(out)
+    if there and not out.is_file():
+        raise ConfigProblem("is there already, and no plain file", where=str(out), fix=fix)
+    if there and not force:
+        raise ConfigProblem("is there already", where=str(out), fix=f"{fix}, or pass --force")
+
+
+def _last_change(run_dir: Path) -> int:
+    """When a checkpoint was last added or removed."""
+    try:
+        return (run_dir / "checkpoints").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _write(folder: Path, out: Path, dtype: str) -> str:
     shapes, metadata = weights.weight_shapes(folder), _metadata(folder)
     with _made_whole(out) as building:
         tensors = _fitting(weights.read_weights(folder, shapes), DTYPES[dtype], folder)
@@ -126,7 +155,8 @@ def _made_whole(out: Path) -> Iterator[Path]:
         building.chmod(0o666 & ~mask)  # mkstemp's file is its owner's alone
         building.replace(out)
     except OSError as error:
-        error.filename = str(out)  # a write that finds no room names no file
+        if error.filename in (None, name):  # a write that finds no room names no file
+            error.filename = str(out)
         raise
     finally:
         building.unlink(missing_ok=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +139,53 @@ def test_what_is_there_stays_unless_forced(export: Export, tmp_path: Path) -> No
     assert load_file(out)
     (tmp_path / "folder").mkdir()
     refused(export(tmp_path / "folder", "--force"), 64, "is there already")
+
+
+def test_force_replaces_a_file_and_nothing_else(export: Export, run_dir: Path, tmp_path: Path) -> None:
+    pipe, linked = tmp_path / "pipe", tmp_path / "linked"
+    os.mkfifo(pipe)
+    refused(export(pipe, "--force"), 64, "is there already, and no plain file")
+    assert pipe.is_fifo()
+    linked.symlink_to(run_dir / "checkpoints")
+    shard = linked / "step-00000005" / "shard-00000.safetensors"
+    for out in (shard, linked / "new" / "model.safetensors"):
+        refused(export(out, "--force"), 64, "lies among the run's checkpoints")
+    assert checkpoint.defect(shard.parent) is None
+    assert not (linked / "new").exists()
+
+
+def test_a_checkpoint_that_a_training_prunes_meanwhile(
+    export: Export, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, read = run_dir / "checkpoints", weights.weight_shapes
+    later = tmp_path / "later"
+    checkpoint.folder_of(root, 5).rename(later)
+
+    def pruned(folder: Path) -> dict[str, weights.Shape]:
+        """Reads the shapes, after step 5 was saved and step 3 pruned."""
+        if later.exists():
+            later.rename(checkpoint.folder_of(root, 5))
+            shutil.rmtree(checkpoint.folder_of(root, 3))
+        return read(folder)
+
+    monkeypatch.setattr(weights, "weight_shapes", pruned)
+    code, said = export(tmp_path / "model.safetensors")
+    assert code == 0, said
+    assert "step 5" in said
+
+
+def test_a_failure_to_read_names_what_was_read(
+    export: Export, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, index = weights.read_weights, run_dir / "checkpoints" / "step-00000005" / "index.json"
+
+    def lost(*args: Any) -> Any:
+        index.unlink(missing_ok=True)
+        return read(*args)
+
+    monkeypatch.setattr(weights, "read_weights", lost)
+    refused(export(tmp_path / "model.safetensors"), 74, "index.json: No such file")
+    assert not list(tmp_path.glob("*model.safetensors*"))
 
 
 def test_no_such_checkpoint(export: Export, run_dir: Path, tmp_path: Path) -> None:
