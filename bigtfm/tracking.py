@@ -98,7 +98,7 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 if line.endswith(b"\n"):
                     try:
                         yield parse_row(line)
-                    except (ValueError, AttributeError):
+                    except (ValueError, AttributeError, RecursionError):
                         raise StorageProblem(
                             "this line is damaged", where=f"{path}:{number}", fix="remove the line"
                         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from bigtfm.compare.cause import likely_cause
 from bigtfm.compare.difference import Comparison, compare, relative
 from bigtfm.compare.report import draw, verdict
 from bigtfm.compare.runs import read_run
-from bigtfm.config.problems import DataProblem
+from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
 
 BIGTFM = Path(sys.executable).with_name("bigtfm")
 STEPS = 12
@@ -283,9 +284,70 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     assert "not a run directory: metrics.jsonl is missing" in nowhere.stderr
 
 
+ROW = '{"step": 1, "loss": 2.0, "lr": 0.1, "sample_digest": "a"}\n'
+
+
+def row(**changes: Any) -> str:
+    return json.dumps(json.loads(ROW) | changes) + "\n"
+
+
+@pytest.mark.parametrize("other", [b"a record", b"", None], ids=["a record", "empty", "a pipe"])
+def test_a_picture_replaces_nothing_but_a_picture(runs: Path, tmp_path: Path, other: bytes | None) -> None:
+    c, path = compared(runs, "base", "seed"), tmp_path / "there"
+    os.mkfifo(path) if other is None else path.write_bytes(other)
+    with pytest.raises(ConfigProblem, match="is there already, and no PNG"):
+        draw(c, path)
+    assert path.is_fifo() if other is None else path.read_bytes() == other
+    path.unlink()
+    for _ in range(2):  # the second replaces the first
+        draw(c, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
+    for nameless in ("", "/"):
+        with pytest.raises(ConfigProblem, match="is no name of a file"):
+            draw(c, Path(nameless))
+
+
+def test_only_a_picture_that_was_asked_for_is_missed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / ("n" * 250)  # its picture's name is longer than a file system takes
+    shutil.copytree(runs / "base", long)
+    c = compare(read_run(runs / "base"), read_run(long))
+    draw(c, runs / "base" / f"compare-{long.name}.png")
+    said = capsys.readouterr().err
+    assert said.startswith("bigtfm: warning: no picture: ")
+    assert said.endswith("can't be written: File name too long\n")
+    with pytest.raises(StorageProblem, match="can't be written: No such file"):
+        draw(c, tmp_path / "nowhere" / "picture.png")
+
+
+def test_losses_as_large_as_a_float_are_drawn(doctored: Callable[..., Comparison], tmp_path: Path) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row["loss"] = 1e308 * (-1) ** row["step"]
+
+    c = doctored(change)
+    assert verdict(c).startswith("differ from step 1 on: loss ")
+    draw(c, tmp_path / "large.png")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["step", "tokens", "loss", "lr", "grad_norm", "val_loss", "time", "seconds", "mfu", "tokens_per_second"],
+)
+@pytest.mark.parametrize("value", ["much", None, [1], True, 10**400], ids=lambda value: str(value)[:5])
+def test_a_value_of_a_wrong_type_or_size_is_a_line(name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(row() + row(**{"step": 2, name: value}))
+    for file in ("resolved.json", "deepspeed.json"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(DataProblem, match=r"metrics.jsonl:2: this line is no step"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        ("metrics.jsonl", "[" * 100_000 + "\n", "this line is damaged"),
         ("metrics.jsonl", '{"step": 1, "loss"\n{"step": 2}\n', "this line is damaged"),
         ("metrics.jsonl", '{"step": 1, "loss": "much", "lr": 0.1, "sample_digest": "a"}\n', "is no step"),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0, "lr": 0.1}\n', "is no step"),

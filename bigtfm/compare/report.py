@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bigtfm.compare.cause import likely_cause, plain
 from bigtfm.compare.difference import Column, Comparison
 from bigtfm.compare.runs import Run
-from bigtfm.config.problems import StorageProblem
+from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -168,14 +170,61 @@ def _settings(c: Comparison, title: str, decides: bool) -> RenderableType:
 
 _INK, _GRID, _EDGE, _MARK = "#333333", "#e6e6e6", "#bbbbbb", "#777777"
 _A, _B, _NORM = "#1f5fa8", "#e07b39", "#b9b9b9"
+_MOST = 1e30  # drawn of a loss: an axis up to the largest float overflows
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def draw(c: Comparison, path: Path) -> None:
-    """Both loss curves, and below them the relative differences on a logarithmic axis, as a PNG at `path`.
+    """The picture as a PNG at `path`. At the default place, which nobody asked for, a failure only warns.
 
     Raises:
+        ConfigProblem: something else than a PNG is there, which is not to be replaced.
         StorageProblem: the picture can't be written.
     """
+    try:
+        _require_picture(path)
+        _write(_picture(c), path)
+    except Problem as problem:
+        if path != c.a.path / f"compare-{c.b.path.resolve().name}.png":
+            raise
+        print(f"bigtfm: warning: no picture: {problem.where}: {problem.what}", file=sys.stderr, flush=True)
+
+
+def _require_picture(path: Path) -> None:
+    """Raises ConfigProblem unless `path` is free, or a PNG."""
+    fix = "pass another --picture"
+    if not path.name:
+        raise ConfigProblem("is no name of a file", where=f"--picture {path}", fix=fix)
+    if os.path.lexists(path):
+        try:
+            with open(path if path.is_file() else os.devnull, "rb") as file:  # a pipe would wait for ever
+                is_picture = file.read(len(PNG)) == PNG
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        if not is_picture:
+            raise ConfigProblem("is there already, and no PNG", where=str(path), fix=fix)
+
+
+def _write(picture: bytes, path: Path) -> None:
+    drawing = path.with_name(f"{path.name}.tmp")
+    try:
+        try:
+            drawing.write_bytes(picture)
+            os.replace(drawing, path)
+        finally:
+            drawing.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> StorageProblem:
+    return StorageProblem(
+        f"can't be written: {error.strerror}", where=str(path), fix="pass another --picture"
+    )
+
+
+def _picture(c: Comparison) -> bytes:
+    """Both loss curves, and below them the relative differences on a logarithmic axis, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -183,8 +232,8 @@ def draw(c: Comparison, path: Path) -> None:
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for name, run, color, dashes, width in (("A", c.a, _A, "-", 2.0), ("B", c.b, _B, (0, (4, 2)), 1.2)):
-        losses = [row["loss"] for row in run.rows.values()]
-        label = f"{name}  {run.path.resolve().name}"
+        losses = [min(max(row["loss"], -_MOST), _MOST) for row in run.rows.values()]  # NaN stays
+        label = f"{name}  {run.path.resolve().name[:60]}".replace("$", r"\$")  # else a formula
         every = max(1, len(losses) // 4000)  # more points than the picture has pixels only blacken it
         upper.plot(
             list(run.rows)[::every],
@@ -213,14 +262,9 @@ def draw(c: Comparison, path: Path) -> None:
     if lower.get_legend_handles_labels()[0]:
         lower.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, borderpad=0)
     figure.align_ylabels()
-    drawing = path.with_name(f"{path.name}.tmp")
-    try:
-        figure.savefig(drawing, format="png")
-        os.replace(drawing, path)
-    except OSError as error:
-        raise StorageProblem(
-            f"can't be written: {error.strerror}", where=str(path), fix="pass another --picture"
-        ) from None
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    return drawn.getvalue()
 
 
 def _draw_differences(axes: Any, c: Comparison) -> None:

@@ -16,7 +16,8 @@ from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import ModelSection
 from bigtfm.tracking import read_metrics
 
-NUMBERS = ("tokens", "lr", "loss", "grad_norm", "val_loss")
+NUMBERS = ("lr", "loss", "grad_norm", "val_loss", "time", "seconds", "mfu", "tokens_per_second")
+LARGEST = 2**53  # of an integer: beyond it a float, which all is compared and drawn as, leaves some out
 PRECISIONS = ("bf16.enabled", "fp16.enabled")  # resolved.json says it in one word
 PAUSE = 5.0  # seconds between two steps: a start takes longer, for its imports alone
 
@@ -55,19 +56,25 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise DataProblem(problem.what, where=problem.where, fix=problem.fix) from None
     last = 0
     for number, row in enumerate(rows, start=1):
-        numbers = [row[name] for name in NUMBERS if name in row]
-        sound = (
-            isinstance(row.get("step"), int)
-            and row["step"] > last
-            and all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
-            and {"loss", "lr"} <= row.keys()
-            and isinstance(row.get("sample_digest"), str)
-        )
-        if not sound:
+        if not _is_step(row) or row["step"] <= last:
             fix = "remove the line, or compare a copy of the run that is whole"
             raise DataProblem("this line is no step, or out of order", where=f"{path}:{number}", fix=fix)
         last = row["step"]
     return rows
+
+
+def _is_step(row: dict[str, Any]) -> bool:
+    """Whether a row has what every step has, and all that is read of it in its type and range."""
+    return (
+        {"step", "loss", "lr", "sample_digest"} <= row.keys()
+        and isinstance(row["sample_digest"], str)
+        and all(_is_integer(row[name]) and row[name] >= 0 for name in ("step", "tokens") if name in row)
+        and all(isinstance(row[name], float) or _is_integer(row[name]) for name in NUMBERS if name in row)
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _settings(path: Path) -> dict[str, Any]:
