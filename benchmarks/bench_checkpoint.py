@@ -173,7 +173,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         save_bigtfm()
         saver.wait()
     with grown_memory(ranks) as memory_load:
-        checkpoint.load(checkpoint.folder_of(folder / "bigtfm", progress.step), engine)
+        checkpoint.load(checkpoint.folder_of(folder / "bigtfm", progress.step), engine, ranks)
     shard = max(ranks.gather(4 * sum(p.numel for places in saver._layout.values() for p in places)))
 
     saves: dict[str, Callable[[], None]] = {

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from bigtfm import __version__
-from bigtfm.config.problems import ConfigProblem, Hang, Problem, known_cause
+from bigtfm.config.problems import ConfigProblem, Hang, Occupied, Problem, known_cause
 
 SILENCE = 5.0  # seconds; launchers notice an end within one
 FAILURE = "failure.json"
@@ -90,7 +90,7 @@ def one_line(run_dir: Path | None = None) -> Iterator[None]:
         time.sleep(SILENCE)
     if not (isinstance(problem, Hang) and run_dir is not None and (run_dir / FAILURE).exists()):
         print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
-        if run_dir is not None and run_dir.is_dir():
+        if run_dir is not None and run_dir.is_dir() and not isinstance(problem, Occupied):
             _write_failure(run_dir, problem)
     raise SystemExit(problem.exit_code)
 

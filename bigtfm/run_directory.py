@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
+from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint, Occupied
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import DataSection, ModelSection, ObjectiveSection
 from bigtfm.data.special import SpecialIds, special_ids
@@ -123,14 +123,9 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
 
 
 def lay_out(job: Job) -> None:
-    """Writes everything but metrics and checkpoints, and keeps other trainings out while this process lives.
-
-    Raises:
-        ConfigProblem: another training is at work in the run directory.
-    """
+    """Writes everything but metrics and checkpoints."""
     folder, validation = job.run.run_dir, job.dataset.header.splits["validation"]
     job.checkpoints.mkdir(parents=True, exist_ok=True)
-    _claim(folder)
     if job.config_path is None:
         (folder / "run.toml").write_text(
             "# Started without --config: every value is its default.\n", encoding="utf-8"
@@ -153,13 +148,18 @@ def lay_out(job: Job) -> None:
     (folder / "failure.json").unlink(missing_ok=True)  # an earlier start's
 
 
-def _claim(folder: Path) -> None:
-    """Locks the run directory. The lock goes with the process, however that ends."""
+def claim(folder: Path) -> None:
+    """Keeps other trainings out of the run directory while this process lives, however that ends.
+
+    Raises:
+        Occupied: another training is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open on purpose
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigProblem(
+        raise Occupied(
             "another training is at work here",
             where=str(folder),
             fix="wait until it has ended, or give this one another run.name",

@@ -33,7 +33,7 @@ from bigtfm.model.heads import LanguageModel
 from bigtfm.recorder import Recorder
 from bigtfm.resilience.numerics import require_finite
 from bigtfm.resilience.signals import StopRequest
-from bigtfm.run_directory import identity, lay_out, refuse_changes, starting_point
+from bigtfm.run_directory import claim, identity, lay_out, refuse_changes, starting_point
 
 
 def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
@@ -50,6 +50,9 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     stop = StopRequest()
     own_ranks = ranks is None
     ranks = ranks or distributed.start(launch)
+    with ranks.together("claiming the run directory"):
+        if ranks.rank == 0:
+            claim(run.run_dir)
     engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute)
     loader = batches_of(job, "train")
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
@@ -67,7 +70,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     stride = ranks.world_size * micro_batch
     with (
         Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else nullcontext() as recorder,
-        closing(make_saver(job, engine, ranks, probe)) as saver,
+        closing(make_saver(job, engine, ranks, probe, progress)) as saver,
         Prefetcher(loader, run.data.workers, pin_memory=True) as reader,
         closing(stream) if stream is not None else nullcontext(),
     ):
@@ -119,6 +122,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
             improved = False
             if validation is not None and (last or due(run.eval.every, progress.step)):
                 row["val_loss"] = validation_loss(engine, validation, ranks, micro_batch, run.eval.tokens)
+                require_finite(progress.step, row["val_loss"], 0.0, overflow_allowed=False)
                 improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
             if recorder is not None:
                 rate = taken.num_tokens / seconds
@@ -193,7 +197,8 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
     state = checkpoint.read_state(found)
     allow, before = job.run.resume.allow, state["progress"]["identity"]
     refuse_changes(before, now, allow, job.run.run_dir)
-    progress = checkpoint.load(found, engine)
+    same_optimizer = before["recipe"]["optimizer"]["type"] == now["recipe"]["optimizer"]["type"]
+    progress = checkpoint.load(found, engine, ranks, moments=same_optimizer)
     progress.identity = now
     same_mathematics = all(before[part] == now[part] for part in ("model", "objective"))
     if state.get("probe") is None or not same_mathematics:
@@ -257,11 +262,19 @@ def note_evaluation(engine: Any, progress: Progress, val_loss: float, min_delta:
     return improved
 
 
-def make_saver(job: Job, engine: Any, ranks: Ranks, probe: Probe | None) -> Saver:
+def make_saver(job: Job, engine: Any, ranks: Ranks, probe: Probe | None, progress: Progress) -> Saver:
     """What writes this run's checkpoints."""
     options = job.run.save
     retention = Retention(options.keep, options.keep_every)
-    return Saver(job.checkpoints, engine, ranks, probe, retention, asynchronous=options.asynchronous)
+    return Saver(
+        job.checkpoints,
+        engine,
+        ranks,
+        probe,
+        retention,
+        saved=progress.step,
+        asynchronous=options.asynchronous,
+    )
 
 
 def finish(job: Job, engine: Any, progress: Progress, saver: Saver, ranks: Ranks) -> Path:
@@ -281,11 +294,9 @@ def finish(job: Job, engine: Any, progress: Progress, saver: Saver, ranks: Ranks
                 where=f"step {progress.step}",
                 fix="start the same command again: it resumes from the last checkpoint, which is finite",
             )
+    saver.save(progress)  # after an early stop; else it is there
     saver.wait()
     path = checkpoint.folder_of(job.checkpoints, progress.step)
-    if not ranks.from_first(path.exists()):  # an early stop
-        saver.save(progress)
-        saver.wait()
     if checkpoint.newest(job.checkpoints, ranks) != path:
         raise NoCheckpoint(
             "the last checkpoint does not verify", where=str(path), fix="check the disk, then resume"

@@ -38,6 +38,10 @@ class ConfigProblem(Problem):
     exit_code = 64
 
 
+class Occupied(ConfigProblem):
+    """The run directory is another process's; nothing may be written there, not even of this failure."""
+
+
 class DataProblem(Problem):
     """Input files, a prepared data set or a tokenizer is missing, damaged or does not fit."""
 

@@ -18,24 +18,28 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
-from bigtfm.config.problems import NoCheckpoint
+from bigtfm.config.problems import NoCheckpoint, StorageProblem
 from bigtfm.engine import fragments
 
 if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
 
 FORMAT = 1
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}  # else: a disk that fails
 READ_ELEMENTS = 2**24  # read at once into memory that is not the file's own kind
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -52,6 +56,57 @@ class Progress:
     stale_evaluations: int = 0  # since the best one
     stream: dict[str, Any] | None = None  # where a streamed source stands (bigtfm/data/streaming.py)
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change under a run
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Fragment(_Checked):
+    file: str
+    start: int = Field(ge=0)
+    numel: int = Field(ge=0)
+    checksum: int | None = None
+
+
+class Entry(_Checked):
+    """A parameter in index.json."""
+
+    shape: list[int]
+    keys: list[str]
+    updates: float = Field(ge=0)
+    fragments: list[_Fragment]
+
+
+class _Counters(_Checked):
+    global_steps: int = Field(ge=0)
+    global_samples: int = Field(ge=0)
+    skipped_steps: int = Field(ge=0)
+
+
+class _Probe(_Checked):
+    inputs: dict[str, _Values | list[int]]
+    setting: dict[str, str]
+    loss: float
+
+
+class _Values(_Checked):
+    dtype: Literal["int32", "int64"]
+    values: list[int]
+
+
+class State(_Checked):
+    """state.json."""
+
+    progress: Progress
+    counters: _Counters
+    groups: list[dict[str, Any]]
+    scheduler: dict[str, Any] | None
+    loss_scaler: dict[str, Any] | None
+    probe: _Probe | None = None
+
+
+INDEX = TypeAdapter(dict[str, Entry])
 
 
 @dataclass(frozen=True)
@@ -105,10 +160,13 @@ def finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: d
     )
     flush_and_hash(building / "manifest.json")
     _flush_directory(building)
+    old = final.with_name(f".replaced-{final.name}")
     if final.exists():  # left by a run that was resumed from an earlier step
-        shutil.rmtree(final)
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     building.rename(final)
     _flush_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def flush_and_hash(path: Path) -> dict[str, Any]:
@@ -131,6 +189,9 @@ def defect(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     element of every parameter in one of them.
 
     share: (i, n) reads only every n-th file in full, from the i-th on: n ranks verify it together.
+
+    Raises:
+        OSError: a file is there and can't be read, which says nothing about what is in it.
     """
     reading = "manifest.json"
     try:
@@ -145,18 +206,27 @@ def defect(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             if name not in files:
                 return f"manifest.json does not list {name}"
         reading = "state.json"
-        Progress(**read_state(checkpoint)["progress"])
+        state = State.model_validate_json(_text(checkpoint / reading))
+        if checkpoint.name != folder_of(checkpoint, state.progress.step).name:
+            return f"state.json is of step {state.progress.step}"
         reading = "index.json"
-        return _index_defect(_read_json(checkpoint / reading), files)
+        index = INDEX.validate_json(_text(checkpoint / reading))
+        return _index_defect(index, files)
     except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{reading} is damaged"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     _size(path)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    return path.read_text(encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values = json.loads(_text(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} holds no object")
     return values
@@ -185,41 +255,61 @@ def _file_defect(checkpoint: Path, name: str, expected: dict[str, Any], hashed: 
     return None
 
 
-def _index_defect(index: dict[str, Any], files: dict[str, Any]) -> str | None:
+def _index_defect(index: dict[str, Entry], files: dict[str, Any]) -> str | None:
     """Whether the fragments of each parameter hold each of its elements once, in files of the manifest."""
     for name, entry in index.items():
         reached = 0
-        for part in sorted(entry["fragments"], key=lambda part: part["start"]):
-            if part["file"] not in files:
-                return f"index.json names {part['file']}, which the manifest does not list"
-            if part["start"] != reached:
+        for part in sorted(entry.fragments, key=lambda part: part.start):
+            if part.file not in files:
+                return f"index.json names {part.file}, which the manifest does not list"
+            if part.start != reached:
                 break
-            reached += part["numel"]
-        if reached != math.prod(entry["shape"]):
+            reached += part.numel
+        if reached != math.prod(entry.shape):
             return f"index.json does not cover {name}"
     return None
 
 
+def steps_in(root: Path) -> dict[int, Path]:
+    """The checkpoint folders below `root` by their steps, newest first; nothing else that is there."""
+    found = {
+        int(path.name.removeprefix("step-")): path
+        for path in (root.glob("step-*") if root.is_dir() else ())
+        if re.fullmatch(r"step-\d{8,}", path.name)
+    }
+    return dict(sorted(found.items(), reverse=True))
+
+
 def newest(root: Path, ranks: Ranks | None = None) -> Path | None:
-    """The newest checkpoint that verifies; None when there is none at all.
+    """The newest checkpoint that verifies; None when there is none at all. A line tells of those passed over.
 
     ranks: all of them look together, each at its share of the files, and find the same.
 
     Raises:
-        NoCheckpoint: there are checkpoints and every one is damaged.
+        NoCheckpoint: there are checkpoints and every one is damaged, or the newest is of another version.
+        StorageProblem: one can't be read.
     """
-    found, share = [], (0, 1)
-    with ranks.together(f"looking into {root}") if ranks is not None else nullcontext():
+    together = ranks.together(f"reading {root}") if ranks is not None else nullcontext()
+    found: list[Path] = []
+    with together:
         if ranks is None or ranks.rank == 0:
-            found = sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
-    if ranks is not None:
-        found, share = ranks.from_first(found), (ranks.rank, ranks.world_size)
-    defects = []
+            found = list(steps_in(root).values())
+    found = found if ranks is None else ranks.from_first(found)
+    defects: list[str] = []
     for checkpoint in found:
-        mine = defect(checkpoint, share)
-        problem = next(filter(None, ranks.gather(mine)), None) if ranks is not None else mine
+        problem = _found_defect(checkpoint, ranks)
         if problem is None:
+            if defects and (ranks is None or ranks.rank == 0):
+                print(f"bigtfm: note: passed over {'; '.join(defects)}", file=sys.stderr)
             return checkpoint
+        if ranks is None and not checkpoint.exists():  # a training has put a newer one in its place
+            return newest(root)
+        if problem.startswith("format "):
+            raise NoCheckpoint(
+                f"the newest checkpoint is of another version: {problem}",
+                where=str(checkpoint),
+                fix="use the version of bigtfm that wrote it, or move that folder away",
+            )
         defects.append(f"{checkpoint.name}: {problem}")
     if defects:
         raise NoCheckpoint(
@@ -228,6 +318,16 @@ def newest(root: Path, ranks: Ranks | None = None) -> Path | None:
             fix="restore one of these folders from a backup, or start anew with another run.name",
         )
     return None
+
+
+def _found_defect(checkpoint: Path, ranks: Ranks | None) -> str | None:
+    """`defect`, by all ranks together where there are any."""
+    if ranks is None:
+        return defect(checkpoint)
+    mine: str | None = None
+    with ranks.together(f"reading {checkpoint}"):
+        mine = defect(checkpoint, (ranks.rank, ranks.world_size))
+    return next(filter(None, ranks.gather(mine)), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -240,30 +340,35 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     return _read_json(checkpoint / "index.json")
 
 
-def load(checkpoint: Path, engine: Any) -> Progress:
+def load(checkpoint: Path, engine: Any, ranks: Ranks, *, moments: bool = True) -> Progress:
     """Fills the engine from a verified checkpoint, each rank reading only the elements that it keeps.
+
+    moments: False leaves the optimizer as it begins: they are those of another kind.
 
     Raises:
         NoCheckpoint: the checkpoint's parameters are not this model's.
+        StorageProblem: it can't be read.
     """
     state = read_state(checkpoint)
-    with Shards(checkpoint) as shards:
+    with ranks.together(f"reading {checkpoint}"), Shards(checkpoint) as shards:
         shards.require_all_used(engine.module)
         for fragment in fragments.owned_fragments(engine):
             entry = shards.entry(fragment.name, fragment.shape)
-            for key in entry["keys"]:
+            keys = entry["keys"] if moments else ["fp32"]
+            for key in keys:
                 target = fragments.restore_moment(engine, fragment, key)
                 shards.fill(target, fragment.name, key, fragment.start)
-            fragments.restore_update_count(engine, fragment, entry["updates"])
-    for group, saved in zip(fragments.base_optimizer(engine).param_groups, state["groups"], strict=False):
-        group["lr"] = saved["lr"]  # the rest of a group is the JSON's to say
+            if len(keys) > 1:  # before its first update an optimizer has no state, and makes all of it then
+                fragments.restore_update_count(engine, fragment, entry["updates"])
     fragments.weights_follow_masters(engine)
     if engine.lr_scheduler is not None and state["scheduler"] is not None:
+        for group, saved in zip(fragments.base_optimizer(engine).param_groups, state["groups"], strict=False):
+            group["lr"] = saved["lr"]  # the rest of a group is the JSON's to say
         engine.lr_scheduler.load_state_dict(state["scheduler"])
     if state["loss_scaler"] and getattr(engine.optimizer, "loss_scaler", None) is not None:
         vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
-    for name, value in state["counters"].items():
-        setattr(engine, name, value)
+    for name in COUNTERS:
+        setattr(engine, name, state["counters"][name])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()  # where an update is due
     return Progress(**state["progress"])
 
@@ -377,7 +482,13 @@ class Shards:
                     self._read(
                         part["file"], f"{name}|{key}", low - part["start"], target[low - start : high - start]
                     )
-                except (OSError, KeyError, ValueError) as error:
+                except OSError as error:
+                    raise StorageProblem(
+                        f"{part['file']} can't be read: {error.strerror}",
+                        where=str(self._folder),
+                        fix="mend the disk or its permissions, then start the same command again",
+                    ) from None
+                except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
                     raise NoCheckpoint(
                         f"{part['file']} does not hold {name}|{key} as index.json says: {error}",
                         where=str(self._folder),
@@ -417,17 +528,16 @@ def _open_shard(path: Path) -> tuple[BufferedReader, dict[str, Any]]:
         raise
 
 
-def prune(root: Path, retention: Retention, best_step: int | None) -> None:
-    """Deletes the checkpoints that nobody wants to keep, and what a killed save left behind."""
-    # By time: after a resume from an earlier step, a later one that was damaged is not the newest.
-    found = sorted(root.glob("step-*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    kept = {path.name for path in found[-retention.keep :]}
-    kept.add(folder_of(root, best_step or 0).name)
-    for path in [*found, *root.glob(".building-*")]:
-        if path.name not in kept and not _kept_for_good(path, retention.keep_every):
+def prune(root: Path, retention: Retention, step: int, best_step: int | None) -> None:
+    """After a save of `step`: deletes what nobody wants to keep, and what a killed save left behind.
+
+    A later step than this one is of a past that the run has left: it was resumed from an earlier one.
+    """
+    found = steps_in(root)
+    kept = [number for number in found if number <= step][: retention.keep]
+    for number, path in found.items():
+        for_good = retention.keep_every and number % retention.keep_every == 0 and number <= step
+        if number not in kept and number != best_step and not for_good:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _kept_for_good(path: Path, every: int) -> bool:
-    step = path.name.removeprefix("step-")
-    return every > 0 and step.isdecimal() and int(step) % every == 0
+    for path in (*root.glob(".building-*"), *root.glob(".replaced-*")):
+        shutil.rmtree(path, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bigtfm.config.problems import NumericsProblem
 from bigtfm.engine import checkpoint, fragments
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.fragments import Fragment
@@ -41,6 +43,7 @@ class Saver:
     group of their own. The buffer, as large as the shard, is kept for the next save.
 
     probe: computed again at every save; None: the checkpoints have none.
+    saved: the step that is on the disk already; 0: none.
     asynchronous: False makes `save` return when the checkpoint is on the disk.
     """
 
@@ -52,10 +55,12 @@ class Saver:
         probe: Probe | None,
         retention: Retention,
         *,
+        saved: int = 0,
         asynchronous: bool = True,
     ) -> None:
         self._root, self._engine, self._ranks, self._aside = root, engine, ranks, ranks.aside
         self._probe, self._retention, self._asynchronous = probe, retention, asynchronous
+        self._saved = saved or None
         self._buffer = torch.empty(0)
         self._layout: dict[str, list[Place]] = {}  # by parameter name; what this rank writes
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -77,19 +82,33 @@ class Saver:
             writing.result()
 
     def save(self, progress: Progress) -> None:
-        """A checkpoint of this step, by all ranks together; waits for the one before it.
+        """A checkpoint of this step, unless there is one, by all ranks together; waits for the one before it.
 
         Raises:
             StorageProblem: as `wait`.
+            NumericsProblem: the model's loss is not finite; nothing is written.
         """
         self.wait()
+        if progress.step == self._saved:
+            return
         state = checkpoint.state_of(self._engine, progress)
         if self._probe is not None:
             state["probe"] = self._probe.with_loss(self._engine, self._ranks.device)
+            self._require_finite(progress.step, self._ranks.from_first(state["probe"]["loss"]))
         entries = self._copy()
+        self._saved = progress.step
         self._writing = self._writer.submit(self._write, copy.deepcopy(state), entries)
         if not self._asynchronous:
             self.wait()
+
+    def _require_finite(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NumericsProblem(
+                f"after the update the loss of the probe is {loss}",
+                where=f"step {step}",
+                fix="lower the lr or warm up longer (DeepSpeed JSON), and look for extreme values in the run "
+                "config; what was saved before is sound",
+            )
 
     def close(self) -> None:
         """Lets a save in flight end, whatever became of it."""
@@ -153,12 +172,22 @@ class Saver:
 
     def _write(self, state: dict[str, Any], entries: dict[str, Any]) -> None:
         """What the thread does. Its ranks' collectives are its own."""
-        progress, ranks = state["progress"], self._aside
-        final = checkpoint.folder_of(self._root, progress["step"])
+        ranks, final = self._aside, checkpoint.folder_of(self._root, state["progress"]["step"])
         building = self._root / f".building-{final.name}"
-        with ranks.together(f"writing {final}"):
-            if ranks.rank == 0:
+        try:
+            with ranks.together(f"writing {final}"):
+                if ranks.rank == 0:
+                    shutil.rmtree(building, ignore_errors=True)
+            self._write_into(building, final, state, entries)
+        except BaseException:
+            if ranks.rank == 0:  # the room may be needed
                 shutil.rmtree(building, ignore_errors=True)
+            raise
+
+    def _write_into(
+        self, building: Path, final: Path, state: dict[str, Any], entries: dict[str, Any]
+    ) -> None:
+        progress, ranks = state["progress"], self._aside
         files: dict[str, Any] = {}
         with ranks.together(f"writing {final}"):
             building.mkdir(parents=True, exist_ok=True)
@@ -172,7 +201,7 @@ class Saver:
         with ranks.together(f"writing {final}"):
             if ranks.rank == 0:
                 checkpoint.finish(building, final, gathered, state)
-                checkpoint.prune(self._root, self._retention, progress["best_step"])
+                checkpoint.prune(self._root, self._retention, progress["step"], progress["best_step"])
 
     def _write_shard(self, path: Path) -> dict[str, Any]:
         """The buffer as a safetensors file; returns its row of the manifest.

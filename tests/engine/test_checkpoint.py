@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +35,9 @@ def write(root: Path, step: int, *, value: float = 1.0) -> Path:
     fragments = [{"file": file, "start": start, "numel": numel} for file, start, numel in places]
     index = {"weight": {"shape": [2, 3], "keys": ["fp32"], "updates": step, "fragments": fragments}}
     (folder / "index.json").write_text(json.dumps(index))
-    (folder / "state.json").write_text(json.dumps({"format": 1, "progress": {"step": step}}))
+    state = {"progress": {"step": step}, "groups": [], "scheduler": None, "loss_scaler": None}
+    state["counters"] = dict.fromkeys(checkpoint.COUNTERS, step)
+    (folder / "state.json").write_text(json.dumps(state))
     sign(folder)
     return folder
 
@@ -115,15 +122,81 @@ def test_a_manifest_cannot_reach_out_of_its_folder(tmp_path: Path) -> None:
 
 
 def test_pruning_keeps_the_newest_and_the_best_and_clears_killed_saves(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3, 4, 6, 9):
         write(tmp_path, step)
-    shutil.copytree(tmp_path / "step-00000004", tmp_path / ".building-step-00000005")
-    checkpoint.prune(tmp_path, checkpoint.Retention(keep=2), best_step=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-00000001",
-        "step-00000003",
-        "step-00000004",
-    ]
+    for name in (".building-step-00000005", ".replaced-step-00000004", "step-00000003.bak", "step-best"):
+        shutil.copytree(tmp_path / "step-00000004", tmp_path / name)
+    os.utime(tmp_path / "step-00000001", (2e9, 2e9))  # a clock that went back
+    checkpoint.prune(tmp_path, checkpoint.Retention(keep=2, keep_every=3), step=4, best_step=1)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["step-00000001", "step-00000003", "step-00000003.bak", "step-00000004", "step-best"]
+
+
+def test_only_steps_count_and_by_their_number(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        newest = write(tmp_path, step)
+    shutil.copytree(newest, tmp_path / "step-best")
+    assert checkpoint.newest(tmp_path) == newest
+
+
+def test_what_is_passed_over_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older, newer = write(tmp_path, 9), write(tmp_path, 10)
+    (newer / "index.json").unlink()
+    assert checkpoint.newest(tmp_path) == older
+    assert "passed over step-00000010: index.json" in capsys.readouterr().err
+
+
+def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 9)
+    manifest = write(tmp_path, 10) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(NoCheckpoint, match="another version: format 2 is not 1"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, 10)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "shard")
+
+    monkeypatch.setattr(checkpoint, "_file_defect", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.defect(folder)
+
+
+STATE_DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no counters": lambda state: state.pop("counters"),
+    "a counter of NaN": lambda state: state["counters"].update(global_steps=math.nan),
+    "another step": lambda state: state["progress"].update(step=3),
+    "a step as text": lambda state: state["progress"].update(step="1"),
+    "samples of 2^70 in words": lambda state: state["progress"].update(samples="2^70"),
+    "no groups": lambda state: state.pop("groups"),
+    "a probe without inputs": lambda state: state.update(probe={"loss": 1.0, "setting": {}}),
+    "a probe of NaN": lambda state: state.update(probe={"loss": math.nan, "setting": {}, "inputs": {}}),
+    "a probe of floats": lambda state: state.update(
+        probe={"loss": 1.0, "setting": {}, "inputs": {"ids": {"dtype": "float32", "values": [1.5]}}}
+    ),
+}
+INDEX_DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no keys": lambda entry: entry.pop("keys"),
+    "updates of NaN": lambda entry: entry.update(updates=math.nan),
+    "updates below 0": lambda entry: entry.update(updates=-3),
+    "an offset as text": lambda entry: entry["fragments"][0].update(start="0"),
+    "an offset below 0": lambda entry: entry["fragments"][0].update(start=-1),
+    "a fraction of an element": lambda entry: entry["fragments"][0].update(numel=3.5),
+}
+
+
+@pytest.mark.parametrize("what", [*STATE_DAMAGE, *INDEX_DAMAGE])
+def test_what_is_signed_and_makes_no_sense_is_damaged(what: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    name = "state.json" if what in STATE_DAMAGE else "index.json"
+    content = json.loads((folder / name).read_text())
+    STATE_DAMAGE[what](content) if what in STATE_DAMAGE else INDEX_DAMAGE[what](content["weight"])
+    (folder / name).write_text(json.dumps(content))
+    sign(folder)
+    assert name in (checkpoint.defect(folder) or "")
 
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(0, 2**32 - 1))

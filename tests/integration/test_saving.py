@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import signal
@@ -213,3 +214,103 @@ def test_another_mathematics_is_not_blamed_on_the_weights(
     assert finished.codes == [76, 76], finished.output
     assert "every tensor is as it was saved" in finished.output
     assert "attention flash_attn_9 -> " in finished.output
+
+
+# --- what an attacker found
+
+
+def stopped_at_once() -> None:
+    """`bigtfm` with a signal that has come before the first step."""
+    from bigtfm.resilience import signals
+
+    class Stopped(signals.StopRequest):
+        def __init__(self) -> None:
+            super().__init__()
+            self.signal = signal.SIGTERM
+
+    signals.StopRequest = Stopped
+    rank_runner._bigtfm()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_stop_before_the_first_step_can_be_gone_on_from(
+    stage: int, tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    args = command(tiny_data, deepspeed_json(stage=stage), "steps=3")
+    stopped = rank_runner.finish(rank_runner.start(args, tmp_path, 2, program=stopped_at_once), tmp_path)
+    assert stopped.codes == [75, 75], stopped.output
+    assert steps_of(tmp_path / "runs/run") == [0]
+    again = rank_runner.run(args, tmp_path, 2)
+    assert again.codes == [0, 0], again.output
+    whole = rank_runner.run([*args, "run.name=whole"], tmp_path, 2)
+    assert whole.codes == [0, 0], whole.output
+    assert losses(tmp_path / "runs/run") == losses(tmp_path / "runs/whole")
+
+
+def test_a_stop_right_after_a_resume_writes_nothing_again(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    args = command(tiny_data, deepspeed_json(stage=2), "save.every=2", "save.keep=1")
+    assert rank_runner.run([*args, "steps=2"], tmp_path, 2).codes == [0, 0]
+    folder = tmp_path / "runs/run/checkpoints/step-00000002"
+    before = folder.stat().st_ino
+    ranks = rank_runner.start([*args, "steps=4"], tmp_path, 2, program=stopped_at_once)
+    assert rank_runner.finish(ranks, tmp_path).codes == [75, 75]
+    assert folder.stat().st_ino == before
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_model_that_has_become_nan_is_never_saved(
+    keep: int, tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    """The lr explodes with the update of a step whose own loss is finite: the step before it stays saved."""
+    schedule = {"type": "LRRangeTest", "params": LEAP}
+    args = command(tiny_data, deepspeed_json(scheduler=schedule, optimizer=ADAM))
+    finished = rank_runner.run([*args, "steps=8", "save.every=1", f"save.keep={keep}"], tmp_path)
+    assert finished.code == 70, finished.output
+    assert "the loss of the probe is" in finished.output
+    rows = losses(tmp_path / "runs/run")
+    assert all(map(math.isfinite, rows))
+    assert steps_of(tmp_path / "runs/run")[-1] == len(rows) - 1 >= 2
+
+
+# to 2e18: scores overflow, where larger weights would be taken for infinite and normalised to 0
+LEAP = {"lr_range_test_min_lr": 1e-3, "lr_range_test_step_size": 3, "lr_range_test_step_rate": 2e21,
+        "lr_range_test_staircase": True}  # fmt: skip
+SGD = {"type": "SGD", "params": {"lr": 1e-3}}
+ADAM = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0}}
+
+
+def test_another_optimizer_and_another_lr_are_taken_where_the_recipe_may_change(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    args = ["steps=2", "resume.allow=recipe"]
+    assert rank_runner.run(command(tiny_data, deepspeed_json(optimizer=SGD), *args), tmp_path).code == 0
+    args[0] = "steps=4"
+    finished = rank_runner.run(command(tiny_data, deepspeed_json(), *args), tmp_path)
+    assert finished.code == 0, finished.output
+    args[0] = "steps=5"
+    other = {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1}}
+    finished = rank_runner.run(command(tiny_data, deepspeed_json(optimizer=other), *args), tmp_path)
+    assert finished.code == 0, finished.output
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [1e-3, 1e-3, 3e-3, 3e-3, 1e-4]
+
+
+def test_a_refused_second_start_leaves_the_first_one_alone(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    args = command(tiny_data, deepspeed_json(), "steps=100000")
+    ranks = rank_runner.start(args, tmp_path, 1)
+    run_dir = tmp_path / "runs/run"
+    try:
+        wait_for(lambda: (run_dir / "metrics.jsonl").exists())
+        second = tmp_path / "second"
+        second.mkdir()
+        finished = rank_runner.run([*args, f"run.dir={tmp_path / 'runs'}", "seed=5"], second)
+        assert finished.code == 64
+        assert "another training is at work here" in finished.output
+        assert not (run_dir / "failure.json").exists()
+    finally:
+        ranks[0].kill()
+        ranks[0].join()
