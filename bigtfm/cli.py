@@ -459,13 +459,14 @@ def compare(
 
     found = run(read_run(run_a), read_run(run_b), tolerance)
     picture = picture or run_a / f"compare-{run_b.resolve().name}.png"
-    draw(found, picture)
     if as_json:
         print(json.dumps(to_json(found, picture)))
     else:
         from rich.console import Console
 
         Console().print(render(found, picture))
+    sys.stdout.flush()
+    draw(found, picture)  # last: the verdict doesn't hang on it
     raise typer.Exit(0 if found.step is None else 1)
 
 

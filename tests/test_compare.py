@@ -278,6 +278,10 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
     loose = run(str(runs / "base"), str(runs / "decay"), "--tolerance", "0.5", "--picture", str(picture))
     assert loose.returncode == 0, "within a tolerance of a half"
+    absent = str(tmp_path / "nowhere" / "picture.png")
+    undrawn = run(str(runs / "base"), str(runs / "two"), "--picture", absent)
+    assert (undrawn.returncode, undrawn.stderr.count("\n")) == (74, 1)
+    assert undrawn.stdout.startswith("same: "), "the verdict does not hang on the picture"
     nowhere = run(str(runs / "base"), str(tmp_path))
     assert nowhere.returncode == 65
     assert nowhere.stderr.count("\n") == 1
