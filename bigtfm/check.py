@@ -223,7 +223,7 @@ def render(resolved: Resolved, attention: str) -> Table:
         "steps": f"{r.steps:,}"
         + (f" of the schedule's {r.horizon:,}" if r.horizon not in (None, r.steps) else ""),
         "training tokens": _known(r.train_tokens, ",d"),
-        "packing": f"{r.packing}, {r.tokens_per_step / (r.global_batch * r.seq_len):.2%} full",
+        "packing": r.packing,
         "steps per epoch": _known(r.steps_per_epoch, ",.1f"),
         "epochs": _known(r.epochs, ",.2f"),
         **{

@@ -38,7 +38,7 @@ MOMENTS = {  # what each optimizer keeps
 _TRANSFORMERS = re.compile(
     r"(^|\.)(transformer\.h|(model|decoder|encoder)\.(layers?|block)|bert|roberta|gpt_neox|lm_head|shared)\."
 )
-_UNDO = "write into DeepSpeed JSON and run config what that training had"
+_UNDO = "write into DeepSpeed JSON and run config what that training had (bigtfm never decays vectors)"
 
 
 def import_deepspeed(

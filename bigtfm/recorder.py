@@ -31,7 +31,8 @@ class Recorder:
         self._log.truncate_after(progress.step)
         self._console = Console(resolved.steps, progress.step, every=run.track.every)
         if progress.step >= resolved.steps:
-            more = f"; a larger run.steps goes on, up to {resolved.horizon}" if resolved.horizon else ""
+            beyond = resolved.horizon is not None and resolved.horizon > resolved.steps
+            more = f"; a larger run.steps goes on, up to {resolved.horizon}" if beyond else ""
             self._console.note(f"{run.run_dir} has already run its {progress.step} steps{more}")
         elif progress.step:
             self._console.note(f"resuming {run.run_dir} after step {progress.step}")

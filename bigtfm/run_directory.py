@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -70,20 +71,31 @@ def refuse_changes(
     where: Path,
     undo: str = "undo it, give the new run another run.name",
 ) -> None:
-    """Raises ConfigProblem when a run would go on as another one than was saved."""
-    for part, value in now.items():
-        before = saved.get(part)
-        if before == value or part in allow:
-            continue
-        changed = part
-        while isinstance(value, dict) and isinstance(before, dict):  # down to the first value that differs
-            name = next(key for key in value | before if value.get(key) != before.get(key))
-            changed, before, value = f"{changed}.{name}", before.get(name), value.get(name)
+    """Raises ConfigProblem when a run would go on as another one than was saved, and names every part."""
+    parts = [part for part, value in now.items() if saved.get(part) != value and part not in allow]
+    if parts:
+        changes = (_first_change(part, saved.get(part), now[part]) for part in parts)
+        said = [f"{name} was {_brief(before)} when this run was saved and is {_brief(value)} now"
+                for name, before, value in changes]  # fmt: skip
         raise ConfigProblem(
-            f"{changed} was {before} when this run was saved and is {value} now",
+            "; ".join(said),
             where=str(where),
-            fix=f"{undo}, or accept the change with resume.allow={part}",
+            fix=f"{undo}, or accept the change with resume.allow={','.join(parts)}",
         )
+
+
+def _first_change(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first value below `name` that differs, with its full name."""
+    while isinstance(now, dict) and isinstance(before, dict):
+        key = next(key for key in now | before if now.get(key) != before.get(key))
+        name, before, now = f"{name}.{key}", before.get(key), now.get(key)
+    return name, before, now
+
+
+def _brief(value: Any) -> Any:
+    if value is None:
+        return "unset"
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 FREE_TO_CHANGE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from contextlib import closing, nullcontext
@@ -68,6 +69,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
 
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     stride = ranks.world_size * micro_batch
+    data = json.dumps(progress.identity["data"], sort_keys=True)
     with (
         Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else nullcontext() as recorder,
         closing(make_saver(job, engine, ranks, probe, progress)) as saver,
@@ -126,7 +128,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
                 improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
             if recorder is not None:
                 rate = taken.num_tokens / seconds
-                recorder.step(row, progress.tokens, rate, seconds, digest(taken.ids), improved)
+                recorder.step(row, progress.tokens, rate, seconds, digest(taken.ids, of=data), improved)
             if last or improved or due(run.save.every, progress.step):
                 saver.save(progress)
         last_checkpoint = finish(job, engine, progress, saver, ranks)
@@ -199,6 +201,10 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
     refuse_changes(before, now, allow, job.run.run_dir)
     same_optimizer = before["recipe"]["optimizer"]["type"] == now["recipe"]["optimizer"]["type"]
     progress = checkpoint.load(found, engine, ranks, moments=same_optimizer)
+    if before["recipe"] != now["recipe"] and hasattr(engine.lr_scheduler, "last_batch_iteration"):
+        engine.lr_scheduler.step(
+            engine.lr_scheduler.last_batch_iteration
+        )  # the new recipe's lr, at this step
     progress.identity = now
     same_mathematics = all(before[part] == now[part] for part in ("model", "objective"))
     if state.get("probe") is None or not same_mathematics:

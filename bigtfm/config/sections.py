@@ -538,7 +538,8 @@ class ResumeSection(Section):
     allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective", "recipe", "probe"], ...] = Field(
         default=(),
         strict=False,
-        description="changes to accept when resuming: data, model, tokenizer, seed, objective, recipe "
+        description="changes to accept when resuming: data, model (what leaves the shapes, such as dropout), "
+        "tokenizer, seed, objective, recipe "
         "(the DeepSpeed JSON's optimizer, scheduler, clipping and global batch), or probe (the checkpoint's "
         "probe batch has another loss than when it was saved)",
     )

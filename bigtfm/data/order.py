@@ -207,6 +207,10 @@ def shuffled(numbers: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int
     return permute(places, size, epoch_key(seed, epoch))
 
 
-def digest(samples: NDArray[np.int64]) -> str:
-    """Fingerprint of sample numbers or ids: 16 hex digits, BLAKE2b over little-endian int64."""
-    return hashlib.blake2b(np.asarray(samples, dtype="<i8").tobytes(), digest_size=8).hexdigest()
+def digest(samples: NDArray[np.int64], of: str = "") -> str:
+    """Fingerprint of numbers, and of what they count: 16 hex digits, BLAKE2b over little-endian int64.
+
+    of: identity of the data, of which `samples` are ids; other data have other digests.
+    """
+    key = hashlib.sha256(of.encode()).digest() if of else b""
+    return hashlib.blake2b(np.asarray(samples, dtype="<i8").tobytes(), digest_size=8, key=key).hexdigest()

@@ -103,7 +103,7 @@ class datasets_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, DataProblem):
             what = f"datasets can't load it: {type(error).__name__}: {str(error)[:200]}"
-            fix = "check the name and the network, or pass local files"
+            fix = "check the name and the network; of a local folder, that each file has rows"
             raise DataProblem(what, where=self.where, fix=fix) from None
 
 

@@ -189,6 +189,7 @@ def test_digest_is_of_the_sequence_and_the_same_on_every_machine():
     )
     assert digest(np.array([1, 2, 3])) == PINNED_DIGEST
     assert digest(np.array([1, 3, 2])) != PINNED_DIGEST
+    assert len({digest(np.array([1, 2, 3]), of=data) for data in ("", "one", "other")}) == 3
     assert len(digest(np.array([], np.int64))) == 16
 
 

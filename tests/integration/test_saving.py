@@ -297,6 +297,21 @@ def test_another_optimizer_and_another_lr_are_taken_where_the_recipe_may_change(
     assert [row["lr"] for row in rows] == [1e-3, 1e-3, 3e-3, 3e-3, 1e-4]
 
 
+def test_an_allowed_change_of_the_schedule_acts_from_the_first_step_on(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    def train(lr: float, name: str, steps: int) -> list[float]:
+        schedule = {"type": "WarmupCosineLR", "params": {"total_num_steps": 8, "warmup_num_steps": 2}}
+        json_file = deepspeed_json(optimizer={"type": "AdamW", "params": {"lr": lr}}, scheduler=schedule)
+        args = command(tiny_data, json_file, f"run.name={name}", f"steps={steps}", "resume.allow=recipe")
+        assert rank_runner.run(args, tmp_path).code == 0
+        rows = (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["lr"] for row in rows]
+
+    before, whole = train(1e-3, "run", 4), train(2e-3, "whole", 8)
+    assert train(2e-3, "run", 8) == [*before, *whole[4:]]
+
+
 def test_a_refused_second_start_leaves_the_first_one_alone(
     tmp_path: Path, tiny_data: Path, deepspeed_json: Json
 ) -> None:
