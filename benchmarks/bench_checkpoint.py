@@ -1,12 +1,12 @@
 """What saving costs a training: beside none at all, and beside DeepSpeed's own save_checkpoint.
 
-    python benchmarks/bench_checkpoint.py [--json] [--ranks 2] [--stage 2] [--repeats 4] [--saves 30] [...]
+    python benchmarks/bench_checkpoint.py [--json] [--ranks 2] [--stage 2] [--saves 20] [...]
 
-A GPT of 50 M parameters trains on every rank. Three kinds of ten steps take turns, so that a slower machine
-for a while slows all: without a save, after bigtfm's (whose writing goes on beside the steps), after
-DeepSpeed's. Cost: median time of ten steps with a save, against ten without. Stall: how long the slowest
-rank stands still for a save, over --saves of them. Memory: the most that a rank's anonymous memory grows by
-while it saves and loads, beside the bytes of its shard.
+A GPT of 50 M parameters trains on every rank. Saves by bigtfm (whose writing goes on beside the steps) and by
+DeepSpeed take turns, each followed by four steps. Stall: how long the slowest rank stands still for a save.
+Cost: the stall, and what the two steps after it take more than the two after those, as a share of ten steps;
+so that a machine that is slower for a while slows both sides. Memory: the most that a rank's anonymous memory
+grows by while it saves and loads, beside the bytes of its shard.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from typing import Any
 
 MB = 2**20
 GOAL_COST, GOAL_MEMORY = 0.02, 256 * MB
-STEPS = 10  # from one save to the next
+STEPS = 10  # from one save to the next, in the cost
 
 
 def main() -> None:
@@ -45,8 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--sequences", type=int, default=4, help="per rank and step (default 4)")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens in each (default 256)")
-    parser.add_argument("--repeats", type=int, default=4, help="of each kind of ten steps (default 4)")
-    parser.add_argument("--saves", type=int, default=30, help="for the stalls (default 30)")
+    parser.add_argument("--saves", type=int, default=20, help="of each kind (default 20)")
     parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,7 +63,7 @@ def in_ranks(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    options = ["ranks", "stage", "layers", "sequences", "seq_len", "repeats", "saves"]
+    options = ["ranks", "stage", "layers", "sequences", "seq_len", "saves"]
     flags = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in options]
     processes = []
     for rank in range(arguments.ranks):
@@ -176,40 +174,33 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         checkpoint.load(checkpoint.folder_of(folder / "bigtfm", progress.step), engine, ranks)
     shard = max(ranks.gather(4 * sum(p.numel for places in saver._layout.values() for p in places)))
 
-    saves: dict[str, Callable[[], None]] = {
-        "none": lambda: None,
-        "bigtfm": save_bigtfm,
-        "deepspeed": save_deepspeed,
-    }
-    seconds: dict[str, list[float]] = {kind: [] for kind in saves}
-    for _ in range(arguments.repeats):
-        for kind, save in saves.items():
-            ranks.gather(None)
-            began = time.perf_counter()
-            save()
-            for _ in range(STEPS):
-                step()
-            seconds[kind].append(max(ranks.gather(time.perf_counter() - began)))
-            saver.wait()
-    stalls: dict[str, list[float]] = {"bigtfm": [], "deepspeed": []}
+    saves: dict[str, Callable[[], None]] = {"bigtfm": save_bigtfm, "deepspeed": save_deepspeed}
+    stalls: dict[str, list[float]] = {kind: [] for kind in saves}
+    costs: dict[str, list[float]] = {kind: [] for kind in saves}
+    steps: list[float] = []
+
+    def timed(action: Callable[[], None]) -> float:
+        ranks.gather(None)
+        began = time.perf_counter()
+        action()
+        return max(ranks.gather(time.perf_counter() - began))
+
     for _ in range(arguments.saves):
-        for kind, times in stalls.items():
-            ranks.gather(None)
-            began = time.perf_counter()
-            saves[kind]()
-            times.append(max(ranks.gather(time.perf_counter() - began)))
+        for kind, save in saves.items():
+            stall, *after = timed(save), *(timed(step) for _ in range(4))
+            stalls[kind].append(stall)
+            costs[kind].append((stall + sum(after[:2]) - sum(after[2:])) / (STEPS / 2 * sum(after[2:])))
+            steps += after[2:]
             saver.wait()
-            shutil.rmtree(folder / "deepspeed", ignore_errors=True) if ranks.rank == 0 else None
     saver.close()
-    plain = median(seconds["none"])
     memory = {"saving": max(ranks.gather(memory_save[0])), "loading": max(ranks.gather(memory_load[0]))}
     result = {
         "benchmark": "checkpoint", "parameters": sum(num_elements(p) for p in engine.module.parameters()),
         "stage": arguments.stage, "ranks": ranks.world_size, "device": ranks.device_name,
-        "sequences": micro_batch, "seq_len": arguments.seq_len, "step_seconds": plain / STEPS,
+        "sequences": micro_batch, "seq_len": arguments.seq_len, "step_seconds": median(steps),
         "shard_bytes": shard,
         "memory_bytes": memory,
-        "cost": {kind: spread([t / plain - 1 for t in seconds[kind]]) for kind in stalls},
+        "cost": {kind: spread(values) for kind, values in costs.items()},
         "stall_seconds": {kind: percentiles(times) for kind, times in stalls.items()},
         "torch": torch.__version__, "deepspeed": deepspeed.__version__,
     }  # fmt: skip
