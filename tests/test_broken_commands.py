@@ -455,7 +455,10 @@ def test_generate_refuses_damaged_checkpoints(
     shutil.copytree(finished_run, tmp_path / "run")
     command = ["generate", "--run", "run", "--max-new-tokens", "1"]
     corrupt(tmp_path / "run" / "checkpoints" / "step-00000002")
-    assert run(*command) == (0, ""), "the one before it serves"
+    code, said = run(*command)
+    assert (code, said.count("\n")) == (0, 1), "the one before it serves"
+    assert said.startswith("bigtfm: note: passed over step-00000002: ")
+    assert piece in said
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000001")
     assert_one_line(run(*command), NO_CHECKPOINT, piece)
 

@@ -375,7 +375,7 @@ def test_identity_names_every_source_and_one_data_set_is_what_it_was(two_data, d
         "1": {"sha256": first, "weight": 0.9, "max_epochs": None},
         "2": {"sha256": second, "weight": 0.1, "max_epochs": 3.0},
     }
-    with pytest.raises(ConfigProblem, match=r"data\.sources was None"):
+    with pytest.raises(ConfigProblem, match=r"data\.sources was unset"):
         refuse_changes(before, {"data": now["data"]}, (), Path("run"))
     other = json.loads(json.dumps(now["data"]))
     other["sources"]["2"]["weight"] = 0.2
