@@ -404,7 +404,7 @@ def checksum(values: torch.Tensor, start: int) -> int:
     values: fp32 [n] on the host, elements start .. start + n of a parameter. The checksum of a parameter is
     the sum of its fragments', wherever it is cut: it needs no more than each rank's own elements.
     """
-    total, size = 0, 2**20  # in pieces, since 64-bit copies of everything would double the memory
+    total, size = 0, 2**16  # in pieces: 64-bit copies stay in the cache
     odd = torch.arange(min(size, values.numel())) * 2 + 1
     for first in range(0, values.numel(), size):
         bits = values[first : first + size].view(torch.int32).to(torch.int64)
