@@ -160,8 +160,4 @@ def _made_whole(out: Path) -> Iterator[Path]:
         raise
     finally:
         building.unlink(missing_ok=True)
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    checkpoint.flush_directory(out.parent)

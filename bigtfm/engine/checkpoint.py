@@ -1,9 +1,10 @@
 """Stage-free checkpoints: named fp32 weights and optimizer moments in sharded safetensors, kill-proof.
 
     step-00000100/
-        shard-00000.safetensors   what rank 0 held: tensors "<parameter>|fp32", "<parameter>|exp_avg", ...
+        shard-00000.safetensors   what rank 0 wrote: tensors "<parameter>|fp32", "<parameter>|exp_avg", ...
         index.json                parameter -> shape, and which shard holds which of its elements
-        state.json                step, samples, schedule, loss scale; what data, tokenizer, model, seed
+        state.json                step, samples, schedule, loss scale; what data, tokenizer, model, seed;
+                                  a probe and its loss (bigtfm/engine/probe.py)
         manifest.json             size and SHA-256 of every file above, written last
 
 A save goes to a temporary directory, is flushed to the disk, and is renamed when whole. A checkpoint counts
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}  # else: a disk that fails
 READ_ELEMENTS = 2**24  # read at once into memory that is not the file's own kind
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass
@@ -82,6 +82,9 @@ class _Counters(_Checked):
     global_steps: int = Field(ge=0)
     global_samples: int = Field(ge=0)
     skipped_steps: int = Field(ge=0)
+
+
+COUNTERS = tuple(_Counters.model_fields)  # of the engine
 
 
 class _Probe(_Checked):
@@ -159,13 +162,13 @@ def finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: d
         json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8"
     )
     flush_and_hash(building / "manifest.json")
-    _flush_directory(building)
+    flush_directory(building)
     old = final.with_name(f".replaced-{final.name}")
     if final.exists():  # left by a run that was resumed from an earlier step
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     building.rename(final)
-    _flush_directory(final.parent)
+    flush_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -176,7 +179,8 @@ def flush_and_hash(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _flush_directory(path: Path) -> None:
+def flush_directory(path: Path) -> None:
+    """Brings to the disk which files a folder has."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -145,9 +145,8 @@ class Saver:
                 end += view.numel()
         self._unpin()
         self._buffer = torch.empty(end)
-        if (
-            self._ranks.device.type == "cuda" and end
-        ):  # pinned as it is: torch would round up to a power of two
+        if self._ranks.device.type == "cuda" and end:
+            # Pinned as it is: torch would round up to a power of two.
             torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), 4 * end, 0)
 
     def _unpin(self) -> None:
