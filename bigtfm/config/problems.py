@@ -66,6 +66,12 @@ class RequeueRequested(Problem):
     exit_code = 75
 
 
+class Interrupted(RequeueRequested):
+    """The run saved and stopped because of a Ctrl-C."""
+
+    exit_code = 130
+
+
 class NoCheckpoint(Problem):
     """No valid checkpoint where one is needed."""
 

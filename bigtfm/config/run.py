@@ -24,6 +24,7 @@ from bigtfm.config.sections import (
     ComputeSection,
     DataSection,
     EvalSection,
+    GuardSection,
     ModelSection,
     Objective,
     ObjectiveSection,
@@ -45,6 +46,7 @@ class RunConfig(Section):
     compute: ComputeSection = ComputeSection()
     eval: EvalSection = EvalSection()
     save: SaveSection = SaveSection()
+    guard: GuardSection = GuardSection()
     track: TrackSection = TrackSection()
     resume: ResumeSection = ResumeSection()
 

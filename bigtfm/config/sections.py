@@ -518,6 +518,62 @@ class SaveSection(Section):
     )
 
 
+class GuardSection(Section):
+    """What keeps a run alive, and ends it rather than let it hang or go wrong."""
+
+    hang_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        description="a phase of a step that lasts longer than this, and than ten times its longest so far, is "
+        "a hang: the job ends with exit code 79 and says where every rank stands; 0: never",
+    )
+    start_seconds: float = Field(
+        default=1800.0,
+        ge=0,
+        description="the same for what is done for the first time: meeting the other ranks, building, the "
+        "first step with its compilation, the first evaluation, the first save; 0: never",
+    )
+    straggler: float = Field(
+        default=1.5,
+        ge=0,
+        description="a rank that takes this many times as long as the median rank for its own work is named "
+        "in a note; 0: never",
+    )
+    bad_steps: int = Field(
+        default=3,
+        ge=0,
+        description="steps in a row that are left out because their loss or a gradient is not finite; one more "
+        "ends the run with exit code 70",
+    )
+    spike: float = Field(
+        default=0.0,
+        ge=0,
+        description="a loss this many standard deviations above the mean of the `spike_window` steps before is "
+        "a spike: the run goes back to the last checkpoint and leaves out the data that led to it; 0: never",
+    )
+    spike_window: int = Field(
+        default=100, ge=8, description="steps that a loss is compared with (fewer: no spike)"
+    )
+    spike_skip: int = Field(
+        default=10, ge=1, description="steps whose data are left out after a spike: its own, and those before"
+    )
+    spike_lr: float = Field(
+        default=1.0, gt=0, le=1, description="the lr is multiplied by this at every spike, from there on"
+    )
+    spikes: int = Field(default=3, ge=1, description="spikes of a run; one more ends it with exit code 70")
+    replicas_every: int = Field(
+        default=500,
+        ge=0,
+        description="steps between comparisons of the ranks' copies of the weights (ZeRO 0 to 2), which find "
+        "memory or a GPU that computes wrongly; 0: never",
+    )
+    halve_micro_batch: bool = Field(
+        default=False,
+        description="when memory runs out, start again with half the micro batch and twice the accumulation: "
+        "the same global batch and loss",
+    )
+
+
 class TrackSection(Section):
     """Metrics and where they go. metrics.jsonl is always written."""
 
