@@ -1,0 +1,155 @@
+"""The campaign: kill -9 again and again, and hold every resume against the run that nobody killed.
+
+Each kill is a row of OUT/kills.jsonl, written when all about it is known: a campaign that was stopped goes on from
+there, and can be checked afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from chaos import job, processes
+from chaos.attempt import Attempt, Plan, attempt, plan
+from chaos.job import LAYOUTS, SAVE_EVERY
+from chaos.marks import BROKEN
+from chaos.reference import Reference, differing_files, differing_rows, reference_of, rows_of
+
+MARGIN = 2.0  # seconds of training over which "any" moment is spread, beside the start-up
+
+
+@dataclass
+class Kill:
+    """A row of kills.jsonl: a start that was killed. Steps are optimizer steps, times seconds."""
+
+    kill: int
+    run: int
+    layout: str
+    plan: Plan
+    attempt: Attempt
+    reached: int  # the last step in metrics.jsonl
+    rows: int  # compared with the uninterrupted run
+    wrong: list[str] = field(default_factory=list)  # everything that is not as promised
+
+
+@dataclass
+class End:
+    """A row of kills.jsonl: a run at its end. files: of its last checkpoint, each compared."""
+
+    run: int
+    layout: str
+    kills: int  # that it survived
+    attempt: Attempt
+    rows: int
+    files: int
+    wrong: list[str] = field(default_factory=list)
+
+
+Row = Kill | End
+
+
+def campaign(out: Path, kills: int, seed: int, broken: str = "") -> Iterator[Row]:
+    """Goes on in `out` until so many kills are in its kills.jsonl and the last run is at its end.
+
+    Yields each row when it is done, first those that were there already. broken: of marks.py, for controls.
+    """
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(out)
+    yield from rows
+    processes.adopt()
+    job.warm_up()
+    while True:
+        run = rows[-1].run if rows else 0
+        if rows and isinstance(rows[-1], End):
+            if count(rows) >= kills:
+                return
+            run += 1
+        reference = reference_of(out, LAYOUTS[run % len(LAYOUTS)])
+        row = _start(out, run, reference, rows, kills, seed, broken)
+        with (out / "kills.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": type(row).__name__} | asdict(row)) + "\n")
+        rows.append(row)
+        yield row
+
+
+def count(rows: Sequence[Row]) -> int:
+    return sum(isinstance(row, Kill) for row in rows)
+
+
+def read_rows(out: Path) -> list[Row]:
+    """kills.jsonl; without a last line that is torn."""
+    path = out / "kills.jsonl"
+    rows: list[Row] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        if line.endswith("\n"):
+            values = json.loads(line)
+            kind = {"Kill": Kill, "End": End}[values.pop("kind")]
+            if kind is Kill:
+                values["plan"] = Plan(**values["plan"])
+            rows.append(kind(**values | {"attempt": Attempt(**values["attempt"])}))
+    return rows
+
+
+def _start(
+    out: Path, run: int, reference: Reference, rows: Sequence[Row], kills: int, seed: int, broken: str
+) -> Row:
+    """One start of a run: to its kill, or to its end when the kills are spent or come too late."""
+    name, number = f"run-{run:03d}", count(rows)
+    before = [row for row in rows if row.run == run and isinstance(row, Kill)]
+    planned = _fitting(plan(seed, number), reference) if number < kills else None
+    done = attempt(
+        out,
+        job.arguments(out, reference.layout, name),
+        planned,
+        reference.start_seconds + MARGIN,
+        {BROKEN: broken} if broken else None,
+    )
+    found = rows_of(out / "runs" / name)
+    wrong = [*_of_the_resume(done, before), *differing_rows(found, reference.rows)]
+    wrong += [f"outlived its job: {orphan}" for orphan in done.orphans]
+    if done.killed:
+        assert planned is not None
+        wrong += _of_the_telling(done, planned)
+        return Kill(number, run, reference.layout.name, planned, done, max(found, default=0), len(found), wrong)
+    if any(done.codes):
+        wrong.append(f"exit codes {done.codes}: {' '.join(done.lines) or done.output[-500:]}")
+    elif len(found) != len(reference.rows):
+        wrong.append(f"{len(found)} steps instead of {len(reference.rows)}")
+    wrong += differing_files(out / "runs" / name, reference)
+    if not wrong:
+        shutil.rmtree(out / "runs" / name)
+    return End(run, reference.layout.name, len(before), done, len(found), len(reference.files), wrong)
+
+
+def _fitting(planned: Plan, reference: Reference) -> Plan:
+    """A job without data workers has none to kill."""
+    if planned.victim == "data worker" and not reference.layout.workers:
+        return dataclasses.replace(planned, victim="trainer")
+    return planned
+
+
+def _of_the_resume(done: Attempt, before: Sequence[Kill]) -> list[str]:
+    """It goes on from the newest save that was due before the kill, or from the one before: it was in flight."""
+    reached = 0
+    for kill in before:
+        reached = kill.reached if kill.attempt.resumed is not None else max(reached, kill.reached)
+    if done.resumed is None or not before:
+        return []
+    due = reached // SAVE_EVERY * SAVE_EVERY
+    if due - SAVE_EVERY <= done.resumed <= reached:
+        return []
+    return [f"went on from step {done.resumed}, killed at step {reached}, with a save every {SAVE_EVERY}"]
+
+
+def _of_the_telling(done: Attempt, planned: Plan) -> list[str]:
+    """Who is left says in one line what has happened; nothing else is an explanation."""
+    wrong = ["a traceback"] if "Traceback" in done.output else []
+    expected = 0 if planned.victim == "all" else 1
+    if planned.victim != "launcher" and len(done.lines) != expected:
+        wrong.append(f"{len(done.lines)} lines instead of {expected}: {' | '.join(done.lines)}")
+    return wrong
