@@ -471,6 +471,36 @@ def compare(
 
 
 @app.command()
+def doctor(
+    run: Annotated[
+        Path | None, typer.Option(help="Run directory to look into. Default: none, but this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
+) -> None:
+    """Say what is wrong with this machine, or what stopped a run.
+
+    And what to do about it. The exit code is 1 if something is an error, 0 if not.
+    """
+    from bigtfm.doctor.findings import is_well, render, to_json
+
+    if run is None:
+        from bigtfm.doctor.machine import examine_machine
+
+        findings = examine_machine(os.environ, Path("runs"))
+    else:
+        from bigtfm.doctor.run import examine_run
+
+        findings = examine_run(run)
+    if as_json:
+        print(json.dumps(to_json(findings)))
+    else:
+        from rich.console import Console
+
+        Console().print(render(findings))
+    raise typer.Exit(0 if is_well(findings) else 1)
+
+
+@app.command()
 def sync(run_dir: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")]) -> None:
     """Send to MLflow what is not sent yet."""
     from bigtfm.mlflow_mirror import sync as run

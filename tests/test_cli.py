@@ -82,6 +82,7 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--picture": None,
         "--json": False,
     },
+    "doctor": {"--run": None, "--json": False},
     "sync": {"run_dir": REQUIRED},
     "version": {},
 }

@@ -46,6 +46,8 @@ RUN = {
     'bigtfm generate --run runs/t5 --prompt "The state of the <extra_id_0> is <extra_id_1>." '
     "--num-beams 4": AS_IT_STANDS,
     "bigtfm export runs/mine mine.safetensors": AS_IT_STANDS,
+    "bigtfm doctor": "{} || test $? = 1",  # whatever is wrong with this machine
+    "bigtfm doctor --run runs/mine": AS_IT_STANDS,
     "bigtfm export runs/mine best.safetensors --best --dtype bf16": AS_IT_STANDS,
     "bigtfm export-hf runs/mine mine-hf": AS_IT_STANDS,
     "bigtfm import-hf mine-hf runs/again": AS_IT_STANDS,

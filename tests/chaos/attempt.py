@@ -14,9 +14,18 @@ from chaos.job import RANKS
 GONE = 10.0  # seconds that a job has to be gone after a kill
 PATIENCE = 120.0  # seconds in which a moment must come, or a job end
 PHASES = {"resume": 0.1, "save": 0.006, "write": 0.03, "evaluate": 0.06}  # marks.py; seconds that they take
-VICTIMS = {"all": 2, "rank 0": 2, "rank 1": 2, "trainer": 2, "supervisor": 2, "data worker": 1}  # with weights
+VICTIMS = {
+    "all": 2,
+    "rank 0": 2,
+    "rank 1": 2,
+    "trainer": 2,
+    "supervisor": 2,
+    "data worker": 1,
+}  # with weights
 MOMENTS = {"any": 5, "resume": 1, "save": 1, "write": 1, "evaluate": 1}
-LAUNCHER_EVERY = 40  # one kill of so many is of the deepspeed launcher, which takes ten times as long to start
+LAUNCHER_EVERY = (
+    40  # one kill of so many is of the deepspeed launcher, which takes ten times as long to start
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,9 @@ def _victims(plan: Plan, ranks: Sequence[int], servers: set[int], alive: Callabl
         workers: list[int] = []
 
         def born() -> bool:
-            workers[:] = [p.pid for server in servers for p in processes.children(server) if p.pid not in ranks]
+            workers[:] = [
+                p.pid for server in servers for p in processes.children(server) if p.pid not in ranks
+            ]
             return bool(workers)
 
         _wait(born, alive, PATIENCE)
@@ -187,4 +198,3 @@ def _through_launcher(out: Path, args: Sequence[str], plan: Plan) -> Attempt:
     done.codes = [launcher.wait()]
     done.output = (out / "launcher.out").read_text(errors="replace")
     return done
-

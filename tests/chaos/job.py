@@ -1,4 +1,4 @@
-"""The training that is killed: a tiny GPT on two ranks with dropout, evaluations and saves, in several layouts."""
+"""The training that is killed: a tiny GPT on two ranks with dropout, evaluations and saves, in layouts."""
 
 from __future__ import annotations
 
@@ -85,11 +85,16 @@ def start(args: Sequence[str], folder: Path, environ: Mapping[str, str] | None =
     return rank_runner.start(args, folder, RANKS, environ, program=marks.marked)
 
 
-def launch(args: Sequence[str], folder: Path, script: Path = ROOT / "launch/train.py") -> subprocess.Popen[bytes]:
+def launch(
+    args: Sequence[str], folder: Path, script: Path = ROOT / "launch/train.py"
+) -> subprocess.Popen[bytes]:
     """The same through the `deepspeed` launcher, in a session of its own; output goes to launcher.out."""
     program = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS)]
     program += ["--master_port", str(rank_runner.free_port()), str(script)]
-    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    environ = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
     environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     with (folder / "launcher.out").open("wb") as output:
         return subprocess.Popen(

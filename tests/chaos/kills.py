@@ -1,7 +1,7 @@
 """The campaign: kill -9 again and again, and hold every resume against the run that nobody killed.
 
-Each kill is a row of OUT/kills.jsonl, written when all about it is known: a campaign that was stopped goes on from
-there, and can be checked afterwards.
+Each kill is a row of OUT/kills.jsonl, written when all about it is known: a campaign that was stopped goes
+on from there, and can be checked afterwards.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _start(
     if done.killed:
         assert planned is not None
         wrong += _of_the_telling(done, planned)
-        return Kill(number, run, reference.layout.name, planned, done, max(found, default=0), len(found), wrong)
+        return Kill(
+            number, run, reference.layout.name, planned, done, max(found, default=0), len(found), wrong
+        )
     if any(done.codes):
         wrong.append(f"exit codes {done.codes}: {' '.join(done.lines) or done.output[-500:]}")
     elif len(found) != len(reference.rows):
@@ -134,7 +136,7 @@ def _fitting(planned: Plan, reference: Reference) -> Plan:
 
 
 def _of_the_resume(done: Attempt, before: Sequence[Kill]) -> list[str]:
-    """It goes on from the newest save that was due before the kill, or from the one before: it was in flight."""
+    """It goes on from the newest save that was due before the kill; or, if in flight, from the one before."""
     reached = 0
     for kill in before:
         reached = kill.reached if kill.attempt.resumed is not None else max(reached, kill.reached)

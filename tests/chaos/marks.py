@@ -1,7 +1,7 @@
 """Programs for rank_runner: the real `bigtfm`, which notes where it stands, or with one thing broken.
 
-A rank's marks-RANK.txt gets a line "+phase" when a phase begins and "-phase" when it ends: what a kill is aimed with,
-and how it is known afterwards where it hit.
+A rank's marks-RANK.txt gets a line "+phase" when a phase begins and "-phase" when it ends: kills are aimed
+with it, and it tells afterwards where they hit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def marked() -> None:
 
 
 def _break(name: str) -> None:
-    """What a campaign must find; "orphan", or a part that each resume leaves out (broken_ranks.BROKEN_LOADS)."""
+    """For a campaign to find: "orphan", or what each resume leaves out (broken_ranks.BROKEN_LOADS)."""
     import broken_ranks
 
     from bigtfm.engine import checkpoint

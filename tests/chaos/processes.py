@@ -1,8 +1,8 @@
 """The processes of a job, seen from outside.
 
-`adopt` makes this process a child subreaper (prctl(2)): what a job starts stays in this process's tree, however many
-of its parents die. A mark in the environment would not do: /proc/PID/environ is what a process was executed with,
-and a fork of a fork server shows none of what was set later.
+`adopt` makes this process a child subreaper (prctl(2)): what a job starts stays in this process's tree,
+however many of its parents die. A mark in the environment would not do: /proc/PID/environ is what a process
+was executed with, and a fork of a fork server shows nothing of what was set later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ class Process:
     def command(self) -> str:
         """What it was executed as; empty when it is gone."""
         try:
-            return Path(f"/proc/{self.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            return (
+                Path(f"/proc/{self.pid}/cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
         except OSError:
             return ""
 

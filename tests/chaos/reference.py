@@ -66,7 +66,7 @@ def _bits(value: Any) -> Any:
 
 
 def files_of(run_dir: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files of the last step's checkpoint: weights, moments, counters, data position."""
+    """Files of the last step's checkpoint (weights, moments, counters, data position): name -> SHA-256."""
     folder = run_dir / f"checkpoints/step-{STEPS:08d}"
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}
 
