@@ -477,9 +477,9 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
 ) -> None:
-    """Say what is wrong with this machine, or what stopped a run.
+    """Say what is wrong here, or what stopped a run.
 
-    And what to do about it. The exit code is 1 if something is an error, 0 if not.
+    Here: with this machine. Each finding comes with its fix. The exit code is 1 if something is an error, 0 if not.
     """
     from bigtfm.doctor.findings import is_well, render, to_json
 
