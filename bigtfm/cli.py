@@ -479,7 +479,7 @@ def doctor(
 ) -> None:
     """Say what is wrong here, or what stopped a run.
 
-    Here: with this machine. Each finding comes with its fix. The exit code is 1 if something is an error, 0 if not.
+    Here: with this machine. Each finding comes with its fix. The exit code is 1 if one is an error, else 0.
     """
     from bigtfm.doctor.findings import is_well, render, to_json
 

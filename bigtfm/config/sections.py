@@ -524,8 +524,8 @@ class GuardSection(Section):
     hang_seconds: float = Field(
         default=120.0,
         ge=0,
-        description="a phase of a step that lasts longer than this, and than ten times its longest so far, is "
-        "a hang: the job ends with exit code 79 and says where every rank stands; 0: never",
+        description="a phase of a step that lasts longer than this, and than ten times its longest so far, "
+        "is a hang: the job ends with exit code 79 and says where every rank stands; 0: never",
     )
     start_seconds: float = Field(
         default=1800.0,
@@ -542,14 +542,14 @@ class GuardSection(Section):
     bad_steps: int = Field(
         default=3,
         ge=0,
-        description="steps in a row that are left out because their loss or a gradient is not finite; one more "
-        "ends the run with exit code 70",
+        description="steps in a row that are left out because their loss or a gradient is not finite; one "
+        "more ends the run with exit code 70",
     )
     spike: float = Field(
         default=0.0,
         ge=0,
-        description="a loss this many standard deviations above the mean of the `spike_window` steps before is "
-        "a spike: the run goes back to the last checkpoint and leaves out the data that led to it; 0: never",
+        description="a loss this many standard deviations above the mean of the `spike_window` steps before "
+        "is a spike: the run goes back to the last checkpoint and leaves out the data before it; 0: never",
     )
     spike_window: int = Field(
         default=100, ge=8, description="steps that a loss is compared with (fewer: no spike)"

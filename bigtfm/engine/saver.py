@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import hashlib
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
+from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +29,9 @@ from bigtfm.engine.weights import safetensors_header
 
 if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
+
+PAGE = 4096  # bytes; O_DIRECT wants memory, places and lengths in these
+PIECE = 2**23  # bytes hashed and written at once, while they are in the cache
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class Saver:
 
     `save` copies what this rank keeps into a buffer on the host that is laid out as the shard's file, and
     returns. A thread hashes, writes and flushes the buffer, and meets the other ranks' threads over a process
-    group of their own. The buffer, as large as the shard, is kept for the next save.
+    group of their own. The buffer, as large as the shard, is kept for the next save. It goes to the disk past
+    the page cache, where the file system lets it: that spares the processor a copy, and data sets stay there.
 
     probe: computed again at every save; None: the checkpoints have none.
     saved: the step that is on the disk already; 0: none.
@@ -61,6 +70,7 @@ class Saver:
         self._root, self._engine, self._ranks, self._aside = root, engine, ranks, ranks.aside
         self._probe, self._retention, self._asynchronous = probe, retention, asynchronous
         self._saved = saved or None
+        self._file_image = mmap(-1, PAGE)  # header and buffer
         self._buffer = torch.empty(0)
         self._layout: dict[str, list[Place]] = {}  # by parameter name; what this rank writes
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -144,7 +154,12 @@ class Saver:
                 places.append(Place(key, end, view.numel()))
                 end += view.numel()
         self._unpin()
-        self._buffer = torch.empty(end)
+        shapes = {f"{n}|{place.key}": (place.numel,) for n, group in self._layout.items() for place in group}
+        header = safetensors_header(shapes, align=PAGE)
+        self._bytes = len(header) + 4 * end
+        self._file_image = mmap(-1, self._bytes + -self._bytes % PAGE)
+        self._file_image[: len(header)] = header
+        self._buffer = torch.frombuffer(self._file_image, dtype=torch.float32, count=end, offset=len(header))
         if self._ranks.device.type == "cuda" and end:
             # Pinned as it is: torch would round up to a power of two.
             torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), 4 * end, 0)
@@ -207,15 +222,25 @@ class Saver:
 
         The hash is of what was meant to be written, so that a disk that keeps something else is found out.
         """
-        places = ((f"{name}|{place.key}", place) for name, group in self._layout.items() for place in group)
-        header = safetensors_header({name: (place.numel,) for name, place in places})
-        sha256, size = hashlib.sha256(), 0
+        sha256, image = hashlib.sha256(), memoryview(self._file_image)
         with path.open("wb", buffering=0) as file:
-            for part in (memoryview(header), self._buffer.numpy().data.cast("B")):
-                sha256.update(part)
-                written = 0
-                while written < len(part):  # Linux writes at most 2 GiB at once
-                    written += file.write(part[written:])
-                size += len(part)
+            _past_cache(file, True)
+            while (at := file.tell()) < len(image):
+                try:
+                    file.write(image[at : at + PIECE])
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not _past_cache(file, False):
+                        raise
+                sha256.update(image[at : min(file.tell(), self._bytes)])
+            file.truncate(self._bytes)
             os.fsync(file.fileno())
-        return {"bytes": size, "sha256": sha256.hexdigest()}
+        return {"bytes": self._bytes, "sha256": sha256.hexdigest()}
+
+
+def _past_cache(file: FileIO, wanted: bool) -> bool:
+    """Whether O_DIRECT could be switched on or off: not every file system has it, nor keeps to it."""
+    direct = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    with suppress(OSError):
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
+    return fcntl.fcntl(file, fcntl.F_GETFL) != flags

@@ -103,10 +103,11 @@ def safetensors_header(
     shapes: Mapping[str, Shape],
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
+    align: int = 8,
 ) -> bytes:
     """How a safetensors file of these tensors, one behind the other, begins: a length in 8 bytes, then JSON.
 
-    metadata: beside "format".
+    metadata: beside "format". align: the tensors begin at a multiple of so many bytes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -114,7 +115,7 @@ def safetensors_header(
         start, end = end, end + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     return len(text).to_bytes(8, "little") + text
 
 
