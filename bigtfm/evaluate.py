@@ -105,6 +105,7 @@ def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int,
     engine.eval()
     with torch.no_grad():
         for turn in range(0, len(starts), ranks.world_size):
+            ranks.pulse.enter("evaluate")
             mine = turn + ranks.rank
             start = starts[min(mine, len(starts) - 1)]
             batch = loader.batch(start, min(micro_batch, windows - start)).to(ranks.device)

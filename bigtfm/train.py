@@ -54,11 +54,14 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     with ranks.together("claiming the run directory"):
         if ranks.rank == 0:
             claim(run.run_dir)
+    pulse = ranks.pulse
+    pulse.enter("build")
     engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute)
     loader = batches_of(job, "train")
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
     if validation is not None:
         require_labels(validation, run.eval.tokens)
+    pulse.enter("resume")
     progress, probe = resume(job, engine, ranks)
     stream = loader.stream if isinstance(loader.stream, StreamedTokens) else None
     if stream is not None:
@@ -78,6 +81,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
     ):
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
+            pulse.enter("data", step=progress.step + 1)
             first = progress.samples + ranks.rank * micro_batch
             starts = range(first, first + stride * accumulation, stride)
             batches = reader.step(starts, micro_batch, stride * accumulation)
@@ -98,14 +102,17 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
             loss_sum = torch.zeros((), device=ranks.device)
             grad_norm = None
             for turn, batch in enumerate(batches):
+                pulse.enter("forward")
                 inputs = batch.to(ranks.device).model_inputs()
                 loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * accumulation))
                 # The gradient of sum(token losses) / labels in the global batch: DeepSpeed averages
                 # over ranks, hence the factor; else it would average averages.
+                pulse.enter("backward")
                 engine.backward(loss * (ranks.world_size / max(labels, 1)), scale_wrt_gas=False)
                 loss_sum += loss.detach()
                 if turn == accumulation - 1:
                     grad_norm, lr = local_grad_norm(engine), engine.get_lr()[0]
+                pulse.enter("step")
                 engine.step()
 
             taken = loader.order.pieces(progress.samples, stride * accumulation)
@@ -126,11 +133,13 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
                 row["val_loss"] = validation_loss(engine, validation, ranks, micro_batch, run.eval.tokens)
                 require_finite(progress.step, row["val_loss"], 0.0, overflow_allowed=False)
                 improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
+            pulse.enter("record")
             if recorder is not None:
                 rate = taken.num_tokens / seconds
                 recorder.step(row, progress.tokens, rate, seconds, digest(taken.ids, of=data), improved)
             if last or improved or due(run.save.every, progress.step):
                 saver.save(progress)
+        pulse.enter("end")
         last_checkpoint = finish(job, engine, progress, saver, ranks)
     if recorder is not None:
         recorder.summary(progress, last_checkpoint)

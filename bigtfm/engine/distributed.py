@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 
 from bigtfm.config.launch import RENDEZVOUS, Launch
 from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
+from bigtfm.resilience import collectives
+from bigtfm.resilience.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Ranks:
     device: torch.device
     control: torch.distributed.ProcessGroup
     second: torch.distributed.ProcessGroup  # of one other thread
+    pulse: Pulse  # what this rank is doing, as its supervisor sees it
 
     @property
     def aside(self) -> Ranks:
@@ -91,8 +94,16 @@ class Ranks:
         torch.distributed.destroy_process_group()
 
 
-def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
-    """Joins the process group under the accelerator's own backend (nccl on GPUs, gloo on CPUs)."""
+def start(
+    launch: Launch, timeout: timedelta = timedelta(minutes=30), pulse: Pulse | None = None
+) -> Ranks:
+    """Joins the process group under the accelerator's own backend (nccl on GPUs, gloo on CPUs).
+
+    pulse: where this process tells what it is doing; None: nobody looks.
+    """
+    pulse = pulse or Pulse()
+    pulse.enter("meet")
+    collectives.note_in(pulse)  # before DeepSpeed takes them by name
     if launch.world_size == 1 and "MASTER_PORT" not in os.environ:
         alone = dict(zip(RENDEZVOUS, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
         os.environ.update(alone)  # without them DeepSpeed looks for MPI
@@ -119,7 +130,7 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
         accelerator.set_device(launch.local_rank)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     control, second = (torch.distributed.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return Ranks(launch, torch.device(accelerator.current_device_name()), control, second)
+    return Ranks(launch, torch.device(accelerator.current_device_name()), control, second, pulse)
 
 
 def _require_device(count: int, launch: Launch) -> None:

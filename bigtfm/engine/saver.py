@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -89,6 +90,7 @@ class Saver:
         """
         writing, self._writing = self._writing, None
         if writing is not None:
+            self._ranks.pulse.enter("save")
             writing.result()
 
     def save(self, progress: Progress) -> None:
@@ -101,6 +103,7 @@ class Saver:
         self.wait()
         if progress.step == self._saved:
             return
+        self._ranks.pulse.enter("save")
         state = checkpoint.state_of(self._engine, progress)
         if self._probe is not None:
             state["probe"] = self._probe.with_loss(self._engine, self._ranks.device)
@@ -186,6 +189,7 @@ class Saver:
 
     def _write(self, state: dict[str, Any], entries: dict[str, Any]) -> None:
         """What the thread does. Its ranks' collectives are its own."""
+        began = time.monotonic()
         ranks, final = self._aside, checkpoint.folder_of(self._root, state["progress"]["step"])
         building = self._root / f".building-{final.name}"
         try:
@@ -193,6 +197,7 @@ class Saver:
                 if ranks.rank == 0:
                     shutil.rmtree(building, ignore_errors=True)
             self._write_into(building, final, state, entries)
+            ranks.pulse.took("save", time.monotonic() - began)
         except BaseException:
             if ranks.rank == 0:  # the room may be needed
                 shutil.rmtree(building, ignore_errors=True)
