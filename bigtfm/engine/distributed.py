@@ -94,9 +94,7 @@ class Ranks:
         torch.distributed.destroy_process_group()
 
 
-def start(
-    launch: Launch, timeout: timedelta = timedelta(minutes=30), pulse: Pulse | None = None
-) -> Ranks:
+def start(launch: Launch, timeout: timedelta = timedelta(minutes=30), pulse: Pulse | None = None) -> Ranks:
     """Joins the process group under the accelerator's own backend (nccl on GPUs, gloo on CPUs).
 
     pulse: where this process tells what it is doing; None: nobody looks.

@@ -38,9 +38,9 @@ def _noted(name: str, function: Callable[..., Any], pulse: Pulse) -> Callable[..
     @functools.wraps(function)
     def noted(*args: Any, **kwargs: Any) -> Any:
         lane = _lane()
-        site, inner = _sites(sys._getframe(1))
         elements = sum(_elements(value) for value in (*args[:2], *kwargs.values()))
-        pulse.begin_collective(name, elements, site, inner, lane=lane)
+        group = getattr(kwargs.get("group"), "group_name", "")
+        pulse.begin_collective(name, group, elements, _sites(sys._getframe(1)), lane=lane)
         pulse.wait(lane=lane)
         try:
             return function(*args, **kwargs)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from bigtfm.resilience.pulse import Collective
+from bigtfm.resilience.pulse import Collective, when
 from bigtfm.resilience.stacks import Frame
 
 Kind = Literal["gone", "stopped", "silent", "skipped", "extra", "differ", "busy", "late", "network"]
@@ -46,9 +46,7 @@ class Report:
 
     @property
     def when(self) -> str:
-        return (
-            f"in {self.phase} at step {self.step}" if self.step else f"in {self.phase}, before the first step"
-        )
+        return when(self.phase, self.step)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +82,9 @@ class Verdict:
 def diagnose(reports: Sequence[Report | None]) -> Verdict:
     """The rank that the others wait for, and why. reports: by rank; None: its supervisor does not answer."""
     found = [report for report in reports if report is not None]
+    divided = _divided(found)
+    if divided is not None:
+        return _strayed(found, *divided)
     for report in found:
         if report.state in ("", "Z", "X"):
             return _gone(report, found)
@@ -95,9 +96,6 @@ def diagnose(reports: Sequence[Report | None]) -> Verdict:
             what = f"neither it nor its supervisor answers; {_others(found, but=rank)}"
             fix = f"look at its machine and the network; then {_RESUMES}"
             return Verdict("silent", rank, f"rank {rank}", what.removesuffix("; "), fix)
-    divided = _divided(found)
-    if divided is not None:
-        return _strayed(found, *divided)
     busy = [report for report in found if not report.waits]
     if busy:
         return _busy(min(busy, key=lambda report: (_last(report), -report.seconds)), found)
@@ -147,7 +145,12 @@ def _divided(found: Sequence[Report]) -> tuple[int, dict[tuple[Any, ...], list[i
 
 
 def _key(call: Collective) -> tuple[Any, ...]:
-    return call.entered, call.name, call.site, call.inner, call.elements if call.name in _EVEN else 0
+    return call.entered, *_way(call)
+
+
+def _way(call: Collective) -> tuple[Any, ...]:
+    """What is the same on all ranks. Not the line: a rank may call by way of a wrapper of its own."""
+    return call.name, call.group, call.elements if call.name in _EVEN else 0
 
 
 def _strayed(found: Sequence[Report], number: int, groups: dict[tuple[Any, ...], list[int]]) -> Verdict:
@@ -170,10 +173,10 @@ def _strayed(found: Sequence[Report], number: int, groups: dict[tuple[Any, ...],
     usual = next(found[members[0]] for key, members in groups.items() if key != odd)
     missed, own = _numbered(usual, number), _numbered(stray, number)
     if own.entered < missed.entered:
-        what = f"waits in {_shown(own)} {stray.when}, which the other ranks do not call"
+        what = f"waits in {own.shown} {when(own.phase, own.step)}, which the other ranks do not call"
         kind: Kind = "extra"
     else:
-        what = f"has left out {_shown(missed)} {usual.when}"
+        what = f"has left out {missed.shown} {when(missed.phase, missed.step)}"
         kind = "skipped"
     return Verdict(
         kind, stray.rank, stray.name, _joined(what, _others(found, but=stray.rank), _now(stray)), _SAME_WAY
@@ -193,19 +196,19 @@ def _odd(
     ahead = max(groups, key=lambda key: key[0])
     if any(key[0] < ahead[0] for key in groups):
         return ahead
-    expected = _expected(found[sizes[0][0]].collectives, number)
-    wrong = [key for key in groups if key[1:4] != expected]
+    wrong = [key for key, members in groups.items() if not _as_before(found[members[0]], number)]
     return wrong[0] if len(wrong) == len(groups) - 1 else None
 
 
-def _expected(calls: Sequence[Collective], number: int, context: int = 3) -> tuple[Any, ...] | None:
-    """What followed the last time when the collectives before were the same."""
-    ways = [(call.name, call.site, call.inner) for call in calls if call.number < number]
+def _as_before(report: Report, number: int, context: int = 3) -> bool:
+    """Whether a rank calls what it called the last time after the same collectives."""
+    ways = [_way(call) for call in report.collectives if call.number <= number]
+    now = ways.pop()
     for length in range(context, 0, -1):
         for start in range(len(ways) - length - 1, -1, -1):
             if ways[start : start + length] == ways[-length:]:
-                return ways[start + length]
-    return None
+                return ways[start + length] == now
+    return False
 
 
 def _all_wait(found: Sequence[Report]) -> Verdict:
@@ -265,27 +268,21 @@ def _others(found: Sequence[Report], but: int | None) -> str:
     others = [report for report in found if report.rank != but]
     if not others:
         return ""
-    waits = Counter(_shown(report.waits_in) for report in others if report.waits and report.waits_in)
-    if waits:
-        (where, _), verb = waits.most_common(1)[0], "in"
-    else:  # on a GPU collectives return at once; what waits is the next look at a result
-        where, verb = (
-            Counter(f"{report.phase} ({place(report)})" for report in others).most_common(1)[0][0],
-            "in",
-        )
-    if len(others) == 1:
-        return f"rank {others[0].rank} waits {verb} {where}"
-    return f"the other ranks wait {verb} {where}"
-
-
-def _now(report: Report) -> str:
+    waits = Counter(_shown(report.waits_in) for report in others if report.waits)
+    if not waits:  # on a GPU collectives return at once; what waits is the next look at a result
+        waits = Counter(f"{report.phase} ({place(report)})" for report in others)
+    where = waits.most_common(1)[0][0]
     return (
-        f"it is in {_shown(report.waits_in)}" if report.waits_in is not None else f"it is at {place(report)}"
+        f"rank {others[0].rank} waits in {where}" if len(others) == 1 else f"the other ranks wait in {where}"
     )
 
 
+def _now(report: Report) -> str:
+    return f"it is in {report.waits_in.shown}" if report.waits_in is not None else f"it is at {place(report)}"
+
+
 def _call(report: Report, number: int) -> str:
-    return f"calls {_shown(_numbered(report, number))}"
+    return f"calls {_numbered(report, number).shown}"
 
 
 def _numbered(report: Report, number: int) -> Collective:
@@ -295,7 +292,7 @@ def _numbered(report: Report, number: int) -> Collective:
 def _shown(call: Collective | None) -> str:
     if call is None:
         return "a collective"
-    return f"{call.name} ({call.site}{', from ' + call.inner if call.inner else ''})"
+    return call.shown
 
 
 def _last(report: Report) -> int:

@@ -27,7 +27,7 @@ _LANE = struct.Struct("<QQBQ")  # collectives begun, ns in them, whether in one 
 _PHASE = struct.Struct(
     "<QQQQ"
 )  # step of its first end + 1, ns in all, longest ns, longest ns since that step
-_COLLECTIVE = struct.Struct("<QQQ24s96s96s")  # number, phases entered, elements, name, our line, DeepSpeed's
+_COLLECTIVE = struct.Struct("<QQQQ16s24s24s96s96s")  # the fields of Collective
 
 _LANES = _HEAD.size
 _PHASE_ROWS = _LANES + len(RECENT) * _LANE.size
@@ -41,10 +41,22 @@ class Collective:
 
     number: int
     entered: int  # phases entered before it
+    step: int
     elements: int
+    phase: str
     name: str  # as torch.distributed calls it
+    group: str  # torch's name of the process group
     site: str  # file:line outside torch and DeepSpeed
     inner: str  # DeepSpeed's file:line; "": called from `site` itself
+
+    @property
+    def shown(self) -> str:
+        """As messages name it."""
+        return f"{self.name} ({self.site}{', from ' + self.inner if self.inner else ''})"
+
+
+def when(phase: str, step: int) -> str:
+    return f"in {phase} at step {step}" if step else f"in {phase}, before the first step"
 
 
 @dataclass(frozen=True)
@@ -107,13 +119,17 @@ class Pulse:
         """Work of a phase that another thread has done."""
         self._add(PHASES.index(phase), int(seconds * 1e9))
 
-    def begin_collective(self, name: str, elements: int, site: str, inner: str, *, lane: int) -> None:
+    def begin_collective(
+        self, name: str, group: str, elements: int, sites: tuple[str, str], *, lane: int
+    ) -> None:
         """A collective is called. lane: 0 the loop's thread, 1 the one that writes checkpoints."""
         state = self._lanes[lane]
         state.count += 1
         first = _RINGS + (sum(RECENT[:lane]) + state.count % RECENT[lane]) * _COLLECTIVE.size
-        texts = name.encode()[:24], site.encode()[-96:], inner.encode()[-96:]
-        _COLLECTIVE.pack_into(self._map, first, state.count, self._entered, elements, *texts)
+        texts = PHASES[self._phase].encode(), name.encode(), group.encode()[:24]
+        places = (site.encode()[-96:] for site in sites)
+        now = state.count, self._entered, self._step, elements
+        _COLLECTIVE.pack_into(self._map, first, *now, *texts, *places)
 
     def wait(self, *, lane: int) -> None:
         """From here on this thread may have to wait for other ranks, until `go_on`; they nest."""
@@ -150,7 +166,7 @@ class Pulse:
         for place in range(RECENT[lane]):
             row = _COLLECTIVE.unpack_from(self._map, first + place * _COLLECTIVE.size)
             if row[0]:
-                found.append(Collective(*row[:3], *map(_text, row[3:])))
+                found.append(Collective(*row[:4], *map(_text, row[4:])))
         return sorted(found, key=lambda collective: collective.number)
 
     def _add(self, phase: int, ns: int) -> None:

@@ -14,7 +14,7 @@ from bigtfm.config.problems import Hang
 from bigtfm.config.sections import GuardSection
 from bigtfm.resilience import events, stacks
 from bigtfm.resilience.diagnosis import Report, Verdict, diagnose
-from bigtfm.resilience.pulse import OWN_WORK, PhaseTimes, Pulse
+from bigtfm.resilience.pulse import OWN_WORK, PhaseTimes, Pulse, when
 
 NOTICE, FIRST_NOTICE = 20.0, 60.0  # seconds after which a rank is named: usually, and in what it does first
 TICK = 2.0  # most seconds that count between two looks: a suspended supervisor has seen nothing
@@ -86,6 +86,11 @@ class Watch:
             text="\n".join([text, *said]),
         )
 
+    def last_seen(self) -> str:
+        """Where the trainer is, or was when it ended: "in forward at step 7 (bigtfm/train.py:101)"."""
+        reading = self._pulse.read()
+        return f"{when(reading.phase, reading.step)} ({reading.site})"
+
     def _patience(self, times: PhaseTimes) -> tuple[float, float]:
         hang, start = self._guard.hang_seconds or math.inf, self._guard.start_seconds or math.inf
         if not times.known:
@@ -128,14 +133,22 @@ class Doctor:
         """The end of the job, or None: not yet; who is slow has been said."""
         verdict = diagnose(reports)
         if self._over(verdict):
-            file = self._keep(reports)
-            events.note(self._run_dir, "hang", kind=verdict.kind, rank=verdict.rank, what=verdict.what)
-            return Hang(f"{verdict.what}; all stacks: {file}", where=verdict.where, fix=verdict.fix)
+            return self._end(verdict, reports)
         if self._moment() not in self._named:
             self._named.add(self._moment())
             events.note(self._run_dir, "slow rank", kind=verdict.kind, rank=verdict.rank, what=verdict.what)
             self._say(f"note: {verdict.where}: {verdict.what}{self._until(verdict)}")
         return None
+
+    def explain(self, reports: Sequence[Report | None]) -> Hang | None:
+        """Why a trainer may have failed in a collective, or been aborted by gloo: one has left out another."""
+        verdict = diagnose(reports)
+        return self._end(verdict, reports) if verdict.kind in ("skipped", "extra", "differ") else None
+
+    def _end(self, verdict: Verdict, reports: Sequence[Report | None]) -> Hang:
+        file = self._keep(reports)
+        events.note(self._run_dir, "hang", kind=verdict.kind, rank=verdict.rank, what=verdict.what)
+        return Hang(f"{verdict.what}; all stacks: {file}", where=verdict.where, fix=verdict.fix)
 
     def _standing(self) -> list[Beat]:
         """The ranks that are not waiting for others; all of them if all wait."""
