@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,10 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from bigtfm import __version__
-from bigtfm.config.problems import ConfigProblem, Hang, Occupied, Problem, known_cause
+from bigtfm.config.problems import ConfigProblem, Problem, known_cause
 
 SILENCE = 5.0  # seconds; launchers notice an end within one
-FAILURE = "failure.json"
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, whichever click this typer brings
 
 
@@ -71,12 +69,11 @@ RunDirectory = Annotated[Path, typer.Option("--run", help="Run directory, e.g. r
 
 
 @contextmanager
-def one_line(run_dir: Path | None = None) -> Iterator[None]:
-    """A failure becomes its line on stderr, failure.json in the run directory, and its exit code.
+def one_line() -> Iterator[None]:
+    """A failure becomes its line on stderr and its exit code.
 
     What fails on all ranks is said once: the others of a machine wait before they speak, and if the first
-    has the same to say, its end makes their launcher end them in the meantime. A rank that only lost another
-    one speaks if that one has left no failure.json.
+    has the same to say, its end makes their launcher end them in the meantime.
     """
     try:
         yield
@@ -86,13 +83,22 @@ def one_line(run_dir: Path | None = None) -> Iterator[None]:
         if problem is None:
             raise
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training made it a request to save and stop
         time.sleep(SILENCE)
-    if not (isinstance(problem, Hang) and run_dir is not None and (run_dir / FAILURE).exists()):
-        print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
-        if run_dir is not None and run_dir.is_dir() and not isinstance(problem, Occupied):
-            _write_failure(run_dir, problem)
+    print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
     raise SystemExit(problem.exit_code)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """numpy, imported here, starts no threads: the process is going to be forked."""
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OPENBLAS_NUM_THREADS"]  # torch may come with an OpenBLAS of its own
+        if before is not None:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
 def _usage_problem(error: Any) -> Problem:
@@ -100,19 +106,6 @@ def _usage_problem(error: Any) -> Problem:
     program = error.ctx.command_path if error.ctx is not None else "bigtfm"
     what = error.format_message().rstrip(".?")
     return ConfigProblem(what, where="command line", fix=f"see {program} --help")
-
-
-def _write_failure(run_dir: Path, problem: Problem) -> None:
-    content = {
-        "exit_code": problem.exit_code,
-        "what": problem.what,
-        "where": problem.where,
-        "fix": problem.fix,
-    }
-    try:
-        (run_dir / FAILURE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError:
-        pass  # the line on stderr has said it
 
 
 @app.command()
@@ -127,14 +120,21 @@ def train(
     Alone it is a job of one process; under deepspeed, torchrun or any other launcher, a rank of its job.
     """
     from bigtfm.config.launch import Launch
-    from bigtfm.job import check_job
+    from bigtfm.resilience.lifeline import Lifeline
+    from bigtfm.resilience.supervisor import supervise
 
     launch = Launch.from_environment(os.environ, local_rank)
-    job = check_job(config, deepspeed_config, overrides or [], launch.world_size)
-    with one_line(job.run.run_dir):
+    with _one_thread():
+        from bigtfm.job import check_job
+
+        job = check_job(config, deepspeed_config, overrides or [], launch.world_size)
+
+    def trainer(lifeline: Lifeline, changes: dict[str, Any]) -> None:
         from bigtfm.train import train as run
 
-        run(job, launch)
+        run(job, launch, lifeline=lifeline)
+
+    raise typer.Exit(supervise(launch, job.run.run_dir, job.run.guard, trainer))
 
 
 def train_alone() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import DataProblem, NoCheckpoint, NumericsProblem, RequeueRequested
+from bigtfm.config.problems import DataProblem, NoCheckpoint, NumericsProblem
 from bigtfm.data.indexed import Split
 from bigtfm.data.loader import Loader, TokenStream
 from bigtfm.data.objectives import make_objective
@@ -32,25 +32,28 @@ from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
 from bigtfm.recorder import Recorder
+from bigtfm.resilience.lifeline import Lifeline
 from bigtfm.resilience.numerics import require_finite
-from bigtfm.resilience.signals import StopRequest
+from bigtfm.resilience.signals import stopped
 from bigtfm.run_directory import claim, identity, lay_out, refuse_changes, starting_point
 
 
-def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
+def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeline | None = None) -> None:
     """Trains to `job.resolved.steps`, an early stop or a signal, from what stands in the run directory on.
 
     Returning (exit code 0) means: finite weights, every step applied, a verified checkpoint.
 
     ranks: a process group that the caller has started and keeps, to train several jobs in one process.
+    lifeline: the line to a supervisor, if there is one.
 
     Raises:
         Problem: its subclass says what failed and with which exit code the process should end.
     """
     run, dataset, steps = job.run, job.dataset, job.resolved.steps
-    stop = StopRequest()
+    lifeline = lifeline or Lifeline()
     own_ranks = ranks is None
-    ranks = ranks or distributed.start(launch)
+    ranks = ranks or distributed.start(launch, pulse=lifeline.pulse)
+    lifeline.meet(ranks.from_first)
     with ranks.together("claiming the run directory"):
         if ranks.rank == 0:
             claim(run.run_dir)
@@ -78,6 +81,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
         closing(make_saver(job, engine, ranks, probe, progress)) as saver,
         Prefetcher(loader, run.data.workers, pin_memory=True) as reader,
         closing(stream) if stream is not None else nullcontext(),
+        lifeline.heeded(),
     ):
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
@@ -85,19 +89,15 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
             first = progress.samples + ranks.rank * micro_batch
             starts = range(first, first + stride * accumulation, stride)
             batches = reader.step(starts, micro_batch, stride * accumulation)
-            labels, stop_asked, save_failed = ranks.sum(
-                [sum(batch.num_labels for batch in batches), stop.signal, saver.failed]
+            labels, save_failed, stop_asked, interrupted, orphaned = ranks.sum(
+                [sum(batch.num_labels for batch in batches), saver.failed, *lifeline.stop.flags]
             )
             if save_failed:
                 saver.wait()
             if stop_asked:
                 saver.save(progress)
                 saver.wait()
-                raise RequeueRequested(
-                    f"saved at step {progress.step} and stopped by a signal",
-                    where=str(run.run_dir),
-                    fix="start the same command again: it goes on from there",
-                )
+                raise stopped(progress.step, run.run_dir, interrupted, orphaned)
 
             loss_sum = torch.zeros((), device=ranks.device)
             grad_norm = None
@@ -139,6 +139,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None) -> None:
                 recorder.step(row, progress.tokens, rate, seconds, digest(taken.ids, of=data), improved)
             if last or improved or due(run.save.every, progress.step):
                 saver.save(progress)
+            lifeline.stepped()
         pulse.enter("end")
         last_checkpoint = finish(job, engine, progress, saver, ranks)
     if recorder is not None:
