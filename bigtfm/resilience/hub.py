@@ -40,7 +40,7 @@ class Peer:
 
     def kill(self) -> None:
         """Ends a supervisor of this machine that does not answer: stopped, it would stay for ever."""
-        if self.host == host() and self.pid:
+        if not self.lines.closed and self.host == host() and self.pid:
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
 

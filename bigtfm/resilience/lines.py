@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import suppress
 from typing import Any
 
 LONGEST = 4 * 2**20  # bytes of a line; the stacks of a rank need a few thousand
@@ -17,7 +18,7 @@ class Lines:
         self.connection = connection
         self.closed = False
         self._rest = b""
-        connection.settimeout(_PATIENCE)
+        connection.setblocking(False)
 
     def fileno(self) -> int:
         return self.connection.fileno()
@@ -25,7 +26,9 @@ class Lines:
     def send(self, **message: Any) -> None:
         """A peer that is gone does not take it: `closed` says so."""
         try:
+            self.connection.settimeout(_PATIENCE)
             self.connection.sendall(json.dumps(message).encode() + b"\n")
+            self.connection.setblocking(False)
         except OSError:
             self.closed = True
 
@@ -33,7 +36,7 @@ class Lines:
         """The messages that have come whole."""
         messages: list[dict[str, Any]] = []
         try:
-            while received := self.connection.recv(65536, socket.MSG_DONTWAIT):
+            while received := self.connection.recv(65536):
                 self._rest += received
                 if len(self._rest) > LONGEST:
                     break
@@ -55,5 +58,11 @@ class Lines:
         return messages
 
     def close(self) -> None:
+        """Once the other end has closed, too: what was sent last could be lost otherwise."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(_PATIENCE)
+            while not self.closed and self.connection.recv(65536):
+                pass
         self.closed = True
         self.connection.close()
