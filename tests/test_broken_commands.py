@@ -583,5 +583,5 @@ def test_a_killed_rank_is_noticed_by_the_other(run: Run, job: list[str], tmp_pat
     ranks[1].kill()
     finished = rank_runner.finish(ranks, tmp_path, timeout=60)
     assert (finished.code, len(_errors(finished))) == (79, 1), finished.output
-    assert "another rank has ended" in finished.output
+    assert "error: rank 1: is gone" in finished.output
     assert json.loads((tmp_path / "runs/run/failure.json").read_text())["exit_code"] == 79

@@ -15,6 +15,7 @@ from typing import Any
 from bigtfm.config.problems import Hang, Problem, known_cause
 from bigtfm.resilience.lines import Lines
 from bigtfm.resilience.outcome import Outcome
+from bigtfm.resilience.pulse import Pulse
 from bigtfm.resilience.signals import StopRequest
 
 _PR_SET_PDEATHSIG = 1
@@ -32,13 +33,19 @@ class Lifeline:
     """What training asks and tells its supervisor. Made without arguments it leads nowhere.
 
     page: memory shared with the supervisor: byte 0 as in StopRequest, byte 1: a step has been taken.
+    pulse: what the trainer is doing, for the supervisor to see; None: nobody looks.
     hub: where this rank's supervisor can be reached by the others: address, port, token.
     """
 
     def __init__(
-        self, lines: Lines | None = None, page: mmap | None = None, hub: list[Any] | None = None
+        self,
+        lines: Lines | None = None,
+        page: mmap | None = None,
+        pulse: Pulse | None = None,
+        hub: list[Any] | None = None,
     ) -> None:
         self._lines, self._page, self._hub = lines, page, hub
+        self.pulse = pulse
         self._said = False
         self.stop = StopRequest(page)
 

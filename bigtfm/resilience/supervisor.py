@@ -21,12 +21,14 @@ from typing import Any
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import Interrupted, RequeueRequested
 from bigtfm.config.sections import GuardSection
+from bigtfm.resilience import stacks
 from bigtfm.resilience.events import note
 from bigtfm.resilience.hub import Hub, Peer, join
 from bigtfm.resilience.launchers import launchers
 from bigtfm.resilience.lifeline import Lifeline, die_with, run_trainer
 from bigtfm.resilience.lines import Lines
 from bigtfm.resilience.outcome import Outcome, lost, of_silent_end, verdict
+from bigtfm.resilience.pulse import Pulse
 from bigtfm.resilience.signals import ORPHANED, Arrivals, install
 
 Trainer = Callable[[Lifeline, dict[str, Any]], None]
@@ -75,7 +77,7 @@ class Supervisor:
     ) -> None:
         self._launch, self._run_dir, self._guard = launch, run_dir, guard
         self._arrivals, self._wakeups = arrivals, wakeups
-        self._page = mmap(-1, 4096)
+        self._page, self._pulse = mmap(-1, 4096), Pulse()
         self._launchers = launchers()
         self._hub: Hub | None = None
         self._peer: Peer | None = None  # another rank's connection to the hub
@@ -116,7 +118,9 @@ class Supervisor:
         die_with(parent)
         ours.close()
         os.close(wake_read)
-        lifeline = Lifeline(Lines(theirs), self._page, self._hub.address if self._hub is not None else None)
+        stacks.register()
+        address = self._hub.address if self._hub is not None else None
+        lifeline = Lifeline(Lines(theirs), self._page, self._pulse, address)
         if self._hub is not None:
             self._hub.close()
         raise SystemExit(run_trainer(lambda line: trainer(line, changes), lifeline))

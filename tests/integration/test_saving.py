@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -220,16 +221,20 @@ def test_another_mathematics_is_not_blamed_on_the_weights(
 
 
 def stopped_at_once() -> None:
-    """`bigtfm` with a signal that has come before the first step."""
-    from bigtfm.resilience import signals
+    """Jobs without a supervisor, with a signal that has come before the first step."""
+    from bigtfm.config.problems import RequeueRequested
+    from bigtfm.resilience import lifeline
 
-    class Stopped(signals.StopRequest):
-        def __init__(self) -> None:
-            super().__init__()
-            self.signal = signal.SIGTERM
+    class Stopped(lifeline.StopRequest):
+        @property
+        def signal(self) -> int:
+            return signal.SIGTERM
 
-    signals.StopRequest = Stopped
-    rank_runner._bigtfm()
+    lifeline.StopRequest = Stopped
+    try:
+        rank_runner.train_jobs()
+    except RequeueRequested as problem:
+        sys.exit(problem.exit_code)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -237,7 +242,7 @@ def test_a_stop_before_the_first_step_can_be_gone_on_from(
     stage: int, tmp_path: Path, tiny_data: Path, deepspeed_json: Json
 ) -> None:
     args = command(tiny_data, deepspeed_json(stage=stage), "steps=3")
-    stopped = rank_runner.finish(rank_runner.start(args, tmp_path, 2, program=stopped_at_once), tmp_path)
+    stopped = rank_runner.train_all([args[2:]], tmp_path, 2, program=stopped_at_once)
     assert stopped.codes == [75, 75], stopped.output
     assert steps_of(tmp_path / "runs/run") == [0]
     again = rank_runner.run(args, tmp_path, 2)
@@ -254,8 +259,8 @@ def test_a_stop_right_after_a_resume_writes_nothing_again(
     assert rank_runner.run([*args, "steps=2"], tmp_path, 2).codes == [0, 0]
     folder = tmp_path / "runs/run/checkpoints/step-00000002"
     before = folder.stat().st_ino
-    ranks = rank_runner.start([*args, "steps=4"], tmp_path, 2, program=stopped_at_once)
-    assert rank_runner.finish(ranks, tmp_path).codes == [75, 75]
+    stopped = rank_runner.train_all([[*args[2:], "steps=4"]], tmp_path, 2, program=stopped_at_once)
+    assert stopped.codes == [75, 75], stopped.output
     assert folder.stat().st_ino == before
 
 
