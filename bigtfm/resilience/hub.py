@@ -22,6 +22,7 @@ from bigtfm.resilience.lines import Lines
 SILENT = (
     10.0  # seconds without a word after which a supervisor counts as gone; they say something every second
 )
+_PARTING = 3.0  # seconds
 _STRANGERS = 64  # connections that have not shown the token yet
 
 
@@ -103,10 +104,14 @@ class Hub:
             peer.heard = now
 
     def close(self) -> None:
+        """Waits a moment for the others to go: closed earlier, a connection could lose what was said last."""
+        until = time.monotonic() + _PARTING
+        while time.monotonic() < until and not all(peer.lines.closed for peer in self.peers):
+            self._selector.select(0.1)
+            self.read()
         self._selector.close()
-        self._door.close()
-        for peer in self._peers:
-            peer.lines.close()
+        for closing in (self._door, *(peer.lines.connection for peer in self._peers)):
+            closing.close()
 
     def _let_in(self) -> None:
         with suppress(OSError):

@@ -39,11 +39,6 @@ class Outcome:
         foreign = isinstance(problem, Occupied)
         return cls(problem.exit_code, problem.what, problem.where, problem.fix, cause, foreign=foreign)
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Raises TypeError for what is none."""
-        return cls(**values)
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
