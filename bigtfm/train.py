@@ -64,7 +64,6 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
     if validation is not None:
         require_labels(validation, run.eval.tokens)
-    pulse.enter("resume")
     progress, probe = resume(job, engine, ranks)
     stream = loader.stream if isinstance(loader.stream, StreamedTokens) else None
     if stream is not None:
@@ -112,7 +111,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
                 loss_sum += loss.detach()
                 if turn == accumulation - 1:
                     grad_norm, lr = local_grad_norm(engine), engine.get_lr()[0]
-                pulse.enter("step")
+                pulse.enter("update")
                 engine.step()
 
             taken = loader.order.pieces(progress.samples, stride * accumulation)
@@ -200,6 +199,7 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
         ConfigProblem: something that decides the curve has changed.
         NoCheckpoint: none verifies, or the loss of the checkpoint's probe is not what it was.
     """
+    ranks.pulse.enter("resume")
     now = identity(job)
     found = checkpoint.newest(job.checkpoints, ranks)
     if found is None:

@@ -14,7 +14,7 @@ from bigtfm.resilience.stacks import shown
 # found by.
 PHASES = (
     *("start", "meet", "build", "resume"),
-    *("data", "forward", "backward", "step"),
+    *("data", "forward", "backward", "update"),
     *("record", "evaluate", "save", "end"),
 )
 OWN_WORK = PHASES[4:8]

@@ -141,7 +141,7 @@ class Doctor:
         return None
 
     def explain(self, reports: Sequence[Report | None]) -> Hang | None:
-        """Why a trainer may have failed in a collective, or been aborted by gloo: one has left out another."""
+        """Why a collective may have failed or been aborted by gloo: a rank has left out another one."""
         verdict = diagnose(reports)
         return self._end(verdict, reports) if verdict.kind in ("skipped", "extra", "differ") else None
 

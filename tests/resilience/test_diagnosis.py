@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bigtfm.resilience.diagnosis import Report, diagnose
+from bigtfm.resilience.diagnosis import Report, diagnose, place
 from bigtfm.resilience.pulse import Collective
 from bigtfm.resilience.stacks import Frame
 
@@ -40,7 +40,7 @@ def program(steps: int = 8) -> list[Op]:
         ops += [Op("enter", "data"), SUM]
         for _ in range(ACCUMULATION):
             ops += [Op("enter", "forward", 100), Op("enter", "backward", 111), REDUCE]
-        ops += [Op("enter", "step", 116), NORM, Op("sync", "item", 122), LOSS, Op("enter", "record", 128)]
+        ops += [Op("enter", "update", 116), NORM, Op("sync", "item", 122), LOSS, Op("enter", "record", 128)]
         if step % 3 == 0:
             ops += [Op("enter", "evaluate", 131), EVALUATED, Op("enter", "save", 140), PROBE]
     return ops
@@ -192,7 +192,7 @@ PHASES = {
     "data": (Op("enter", "data"), 7),
     "forward": (Op("enter", "forward", 100), 7),
     "backward": (Op("enter", "backward", 111), 7),
-    "step": (Op("enter", "step", 116), 7),
+    "update": (Op("enter", "update", 116), 7),
     "record": (Op("enter", "record", 128), 7),
     "evaluate": (Op("enter", "evaluate", 131), 6),
     "save": (Op("enter", "save", 140), 6),
@@ -214,3 +214,153 @@ def test_a_rank_that_is_busy(world: int, victim: int, phase: str, gpu: bool) -> 
         in verdict.what
     )
     assert verdict.where == f"rank {victim} (host n{victim // 4 + 1}, pid {4711 + victim})"
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(("world", "victim"), WORLDS)
+def test_a_rank_that_is_stopped_goes_before_those_who_are_busy(world: int, victim: int, gpu: bool) -> None:
+    """It may be stopped in a collective, and the others stand somewhere before they notice."""
+    reports = stand_still([program()] * world, gpu=gpu, stopped=victim, at=index_of(NORM, 7) + 1)
+    reports[victim] = replace(reports[victim], state="T")
+    verdict = diagnose(reports)
+    assert (verdict.kind, verdict.rank) == ("stopped", victim)
+    assert verdict.what.startswith(
+        "stopped by a signal (SIGSTOP) for 12 s in update at step 7 (bigtfm/train.py:"
+    )
+
+
+def test_lines_word_for_word() -> None:
+    busy = stand_still([program()] * 2, stopped=1, at=index_of(Op("enter", "data"), 7) + 1)
+    assert diagnose(busy).what == (
+        "no progress for 12 s in data at step 7 (bigtfm/train.py:0, in train); rank 0 waits in all_reduce "
+        "(bigtfm/train.py:88)"
+    )
+    early = stand_still([program()] * 2, stopped=1, at=1)
+    assert diagnose(early).what == (
+        "no progress for 12 s in build, before the first step (bigtfm/train.py:0, in train); rank 0 waits in "
+        "all_gather_object (bigtfm/train.py:60)"
+    )
+    skipped = stand_still([program(), program(), without(index_of(SUM, 7))])
+    assert diagnose(skipped).what == (
+        "has left out all_reduce (bigtfm/train.py:88) in data at step 7; the other ranks wait in all_reduce "
+        "(bigtfm/train.py:88); it is in all_reduce (bigtfm/train.py:111)"
+    )
+    assert diagnose(skipped).fix == (
+        "all ranks must call the same collectives in the same order: look at that line; start the same "
+        "command again: it resumes from the last checkpoint"
+    )
+    stopped = [busy[0], replace(busy[1], state="T")]
+    assert diagnose(stopped).fix == (
+        "find out who stops it (Ctrl-Z, a suspended job; kill -CONT 4712 lets it go on); start the same "
+        "command again: it resumes from the last checkpoint"
+    )
+    debugged = diagnose([busy[0], replace(busy[1], state="t")])
+    assert debugged.what.startswith(
+        "held by a debugger for 12 s in data at step 7 (bigtfm/train.py:0, in train)"
+    )
+    deaf = diagnose([busy[0], replace(busy[1], state="D")])
+    assert deaf.what.startswith(
+        "no progress for 12 s and deaf, waiting for a disk or network file system, in data"
+    )
+    gone = diagnose([busy[0], replace(busy[1], state="", threads=(), site="bigtfm/train.py:85")])
+    assert (gone.kind, gone.where) == ("gone", "rank 1 (host n1, pid 4712)")
+    assert gone.what == (
+        "has ended in data at step 7 (bigtfm/train.py:85); rank 0 waits in all_reduce (bigtfm/train.py:88)"
+    )
+    silent = diagnose([busy[0], None])
+    assert (silent.kind, silent.where) == ("silent", "rank 1")
+    assert silent.what == (
+        "neither it nor its supervisor answers; rank 0 waits in all_reduce (bigtfm/train.py:88)"
+    )
+    alone = diagnose([replace(busy[1], rank=0)])
+    assert alone.what == "no progress for 12 s in data at step 7 (bigtfm/train.py:0, in train)"
+
+
+def test_a_network_that_does_not_deliver() -> None:
+    """All are in the same collective: no rank is to blame."""
+    ops = program()[: index_of(SUM, 7) + 1]
+    reports = stand_still([ops, ops, program()[: index_of(SUM, 7)]])
+    stuck = [replace(reports[0], rank=rank) for rank in range(3)]
+    verdict = diagnose(stuck)
+    assert (verdict.kind, verdict.rank, verdict.where) == ("network", None, "all 3 ranks")
+    assert (
+        verdict.what == "wait in all_reduce (bigtfm/train.py:88) in data at step 7 for 12 s, none is missing"
+    )
+    through = replace(
+        stuck[0], collectives=(*stuck[0].collectives, replace(stuck[0].collectives[-1], number=99))
+    )
+    verdict = diagnose([through, stuck[1], through])
+    assert (verdict.kind, verdict.rank) == ("late", 1)
+
+
+def test_a_rank_may_call_by_way_of_another_line() -> None:
+    """A wrapper of its own: what it calls, and when, is the same."""
+    reports = stand_still([program()] * 2, stopped=1, at=index_of(Op("enter", "forward", 100), 7) + 1)
+    elsewhere = tuple(replace(call, site="my_hooks.py:3") for call in reports[1].collectives)
+    assert diagnose([reports[0], replace(reports[1], collectives=elsewhere)]).kind == "busy"
+
+
+def test_simple_rules_would_name_the_wrong_rank() -> None:
+    """The controls: who has called least, who is alone, who is in the earliest phase."""
+    reports = stand_still([program(), without(index_of(SUM, 7))])
+    assert diagnose(reports).rank == 1
+    assert len(reports[0].collectives) == len(reports[1].collectives)  # not who has called least
+    assert min(reports, key=lambda report: report.collectives[-1].entered).rank == 0  # not the one behind
+    reports = stand_still([program(), without(index_of(REDUCE, 7, 1))], gpu=True)
+    assert diagnose(reports).rank == 1
+    assert [report.rank for report in reports if not report.waits] == [0]  # not who looks busy
+
+
+# --- the line that a rank stands in
+
+
+def frames(*rows: tuple[str, str]) -> tuple[Frame, ...]:
+    return tuple(Frame(file, 10 + n, name, file.startswith("bigtfm/")) for n, (file, name) in enumerate(rows))
+
+
+LOOP = ("bigtfm/train.py", "train")
+RESULT = [("threading.py", "wait"), ("concurrent/futures/_base.py", "result")]
+MAIN_READS = frames(*RESULT, ("bigtfm/data/prefetch.py", "step"), LOOP)
+ASKS = frames(("multiprocessing/connection.py", "recv"), ("bigtfm/data/prefetch.py", "_ask"))
+IDLE = frames(("concurrent/futures/thread.py", "_worker"), ("threading.py", "run"))
+IDLE_WORKER = frames(("multiprocessing/connection.py", "_recv"), ("bigtfm/data/prefetch.py", "_serve"))
+BUSY_WORKER = frames(("bigtfm/data/indexed.py", "read"), ("bigtfm/data/prefetch.py", "_serve"))
+
+
+@pytest.mark.parametrize(
+    ("threads", "workers", "line"),
+    [
+        ((frames(LOOP),), (), "bigtfm/train.py:10, in train"),
+        ((frames(("numpy/core.py", "dot"), LOOP),), (), "bigtfm/train.py:11, in train"),
+        (
+            (frames(("torch/nn/linear.py", "forward"), ("bigtfm/model/layers.py", "forward"), LOOP),),
+            (),
+            "bigtfm/model/layers.py:11, in forward, within it torch/nn/linear.py:10",
+        ),
+        # reading ahead, in a thread and in a process of its own
+        (
+            (MAIN_READS, IDLE, frames(("bigtfm/data/indexed.py", "read"))),
+            (),
+            "bigtfm/data/indexed.py:10, in read",
+        ),
+        ((MAIN_READS, ASKS), (IDLE_WORKER, BUSY_WORKER), "bigtfm/data/indexed.py:10, in read"),
+        ((MAIN_READS, ASKS), (IDLE_WORKER,), "bigtfm/data/prefetch.py:11, in _ask"),
+        ((MAIN_READS, IDLE), (), "bigtfm/data/prefetch.py:12, in step"),
+        # a save that waits for its writer
+        (
+            (
+                frames(*RESULT, ("bigtfm/engine/saver.py", "wait"), LOOP),
+                IDLE,
+                frames(("bigtfm/engine/saver.py", "_write_shard")),
+            ),
+            (),
+            "bigtfm/engine/saver.py:10, in _write_shard",
+        ),
+        # no stack: a system without memfd, or a debugger
+        ((), (), "since bigtfm/train.py:85"),
+        ((frames(("threading.py", "wait")),), (), "threading.py:10, in wait"),
+    ],
+)
+def test_the_line_is_that_of_who_works(threads: Any, workers: Any, line: str) -> None:
+    report = stand_still([program()], stopped=0, at=5)[0]
+    assert place(replace(report, threads=threads, workers=workers, site="bigtfm/train.py:85")) == line

@@ -21,7 +21,7 @@ GUARD = GuardSection()
 
 def train_a_step(pulse: Pulse, step: int) -> None:
     pulse.enter("data", step=step)
-    for phase in ("forward", "backward", "step", "record"):
+    for phase in ("forward", "backward", "update", "record"):
         pulse.enter(phase)
 
 
@@ -172,8 +172,8 @@ def test_a_rank_is_named_first_and_ended_later(case: Case) -> None:
     file = case.folder / "logs" / "hang-step-7.txt"
     assert hang.line == (
         "error: rank 1 (host n1, pid 4712): no progress for 120 s in data at step 7 "
-        f"(bigtfm/data/loader.py:88, in batch); rank 0 waits in a collective; all stacks: {file}. Fix: look at "
-        "that line and at the disk or network that the data come from, or allow more time "
+        f"(bigtfm/data/loader.py:88, in batch); rank 0 waits in a collective; all stacks: {file}. Fix: look "
+        "at that line and at the disk or network that the data come from, or allow more time "
         "(guard.hang_seconds, guard.start_seconds); start the same command again: it resumes from the last "
         "checkpoint"
     )
@@ -199,12 +199,12 @@ def test_those_who_wait_for_a_first_save_wait_as_long_as_it_may_take(case: Case)
     behind = {"phase": "save", "limit": 1800.0, "notice": FIRST_NOTICE}
     doctor = case.doctor
     for now in range(1, 1800):
-        if doctor.look([beat(0, now, phase="step"), beat(1, now, **behind)], float(now)):
-            reports = [report(0, now, phase="step", collectives=calls(9)), report(1, now, phase="save")]
+        if doctor.look([beat(0, now, phase="update"), beat(1, now, **behind)], float(now)):
+            reports = [report(0, now, phase="update", collectives=calls(9)), report(1, now, phase="save")]
             assert doctor.judge(reports) is None
     assert len(case.said) == 1
     assert case.said[0].startswith("note: rank 1")
-    assert doctor.look([beat(0, 1800.0, phase="step"), beat(1, 1800.0, **behind)], 1800.0)
+    assert doctor.look([beat(0, 1800.0, phase="update"), beat(1, 1800.0, **behind)], 1800.0)
     assert doctor.judge(reports) is not None
 
 
