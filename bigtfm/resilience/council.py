@@ -11,7 +11,7 @@ from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import RequeueRequested
+from bigtfm.config.problems import Hang, RequeueRequested
 from bigtfm.config.sections import GuardSection
 from bigtfm.resilience.diagnosis import Report
 from bigtfm.resilience.events import note
@@ -86,7 +86,7 @@ class Council:
             self._beat(now, pid)
         if self.verdict is None:
             if self._hub is not None and self._met:
-                self._lead(now)
+                self._lead(now, pid)
             elif self._peer is not None:
                 self._follow(now)
             elif own is not None:
@@ -155,17 +155,32 @@ class Council:
             return
         fresh = {rank: beat for rank, (when, beat) in self._beats.items() if now - when < _STALE}
         if self._reports is None and self._doctor.look([fresh.get(rank) for rank in self._ranks], now):
-            self._reports, self._due["reports"] = {}, now + _REPORTS
-            if self._hub is not None and self._met:
-                self._hub.tell(wanted="report")
-            self._reports[self._rank] = self._watch.report(pid)
+            self._due["reports"] = now + _REPORTS
+            self._ask(pid)
         if self._reports is not None and (
             len(self._reports) == len(self._ranks) or now >= self._due["reports"]
         ):
-            hang = self._doctor.judge([self._reports.get(rank) for rank in self._ranks])
+            hang = self._doctor.judge(self._answers)
             self._reports = None
             if hang is not None:
                 self._pronounce(self._rank, Outcome.of(hang))
+
+    def _ask(self, pid: int) -> None:
+        """All ranks for a report."""
+        self._reports = {}
+        if self._hub is not None and self._met:
+            self._hub.tell(wanted="report")
+        self._reports[self._rank] = self._watch.report(pid)
+
+    @property
+    def _answers(self) -> list[Report | None]:
+        reports = self._reports or {}
+        return [reports.get(rank) for rank in self._ranks]
+
+    @property
+    def last_seen(self) -> str:
+        """Where this rank's trainer is, or was when it ended."""
+        return self._watch.last_seen()
 
     @property
     def _ranks(self) -> Sequence[int]:
@@ -174,7 +189,7 @@ class Council:
 
     # --- deciding
 
-    def _lead(self, now: float) -> None:
+    def _lead(self, now: float, pid: int) -> None:
         assert self._hub is not None
         for peer in self._hub.peers:
             if peer.rank not in self._ends and peer.gone(now):
@@ -182,8 +197,14 @@ class Council:
                 peer.kill()
         if any(end.code for end in self._ends.values()):
             self._due["told"] = min(self._due["told"], now + _TOLD)
-            if len(self._ends) == self._world_size or now > self._due["told"]:
-                self._pronounce(*verdict(self._ends))
+            speaker, end = verdict(self._ends)
+            lost_one = end.code == Hang.exit_code
+            if lost_one and self._reports is None:
+                self._ask(pid)  # who has called what: also a trainer that is gone has left that behind
+            heard = not lost_one or self._reachable <= (self._reports or {}).keys()
+            if (len(self._ends) == self._world_size and heard) or now > self._due["told"]:
+                hang = self._doctor.explain(self._answers) if lost_one else None
+                self._pronounce(*((self._rank, Outcome.of(hang)) if hang is not None else (speaker, end)))
         elif self._rank in self._ends:
             self._hub.tell(done=True)
             self.verdict = self._ends[self._rank]
@@ -193,9 +214,15 @@ class Council:
         self.verdict, self.speaks = outcome, True
         if self._hub is not None and self._met:
             self._hub.tell(verdict=outcome.to_json(), speaker=speaker)
-            self.speaks = speaker not in {peer.rank for peer in self._hub.peers if not peer.lines.closed}
+            self.speaks = speaker not in self._reachable - {self._rank}
         if outcome.code and outcome.restart is None:
             outcome.write(self._run_dir)
+
+    @property
+    def _reachable(self) -> set[int]:
+        """The ranks whose supervisors are there."""
+        assert self._hub is not None
+        return {self._rank, *(peer.rank for peer in self._hub.peers if not peer.lines.closed)}
 
     def _follow(self, now: float) -> None:
         assert self._peer is not None

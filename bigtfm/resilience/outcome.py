@@ -59,12 +59,15 @@ class Outcome:
         return True
 
 
-def of_silent_end(rank: int, status: int) -> Outcome:
-    """A trainer that ended without a word; `status` is what waitstatus_to_exitcode makes of it."""
+def of_silent_end(rank: int, status: int, last_seen: str) -> Outcome:
+    """A trainer that ended without a word.
+
+    status: as waitstatus_to_exitcode has it. last_seen: what it was doing, such as "in forward at step 7".
+    """
     where = f"rank {rank}"
     if status >= 0:
         return Outcome.of(
-            Hang(f"left with exit code {status} in the middle of the run", where=where,
+            Hang(f"left with exit code {status} {last_seen}", where=where,
                  fix=f"look for what calls exit() there, {RESUMES}")
         )  # fmt: skip
     try:
@@ -72,7 +75,9 @@ def of_silent_end(rank: int, status: int) -> Outcome:
     except ValueError:
         name = "unknown"
     fix = _KILLERS.get(-status, "see who sent it, ")  # type: ignore[call-overload]
-    return Outcome.of(Hang(f"was killed by signal {-status} ({name})", where=where, fix=fix + RESUMES))
+    return Outcome.of(
+        Hang(f"was killed by signal {-status} ({name}) {last_seen}", where=where, fix=fix + RESUMES)
+    )
 
 
 def lost(rank: int, how: str) -> Outcome:

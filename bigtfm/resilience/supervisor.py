@@ -155,7 +155,9 @@ class Supervisor:
                 self._listen()  # to its last words
                 self._selector.unregister(self._lines)
                 self._selector.unregister(self._wake)
-                self._own = self._own or of_silent_end(self._rank, os.waitstatus_to_exitcode(status))
+                self._own = self._own or of_silent_end(
+                    self._rank, os.waitstatus_to_exitcode(status), self._council.last_seen
+                )
         if self._own is not None:
             self._closing = min(self._closing, now + _CLOSING)
 
