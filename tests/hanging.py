@@ -62,21 +62,17 @@ def sleeping_reader() -> None:
 def _in_forward(fault: Callable[[], object]) -> None:
     """Calls the fault in the forward of step 7."""
     from bigtfm.model.gpt import GPT
-    from bigtfm.resilience.pulse import Pulse
 
-    forward, enter, now = GPT.forward, Pulse.enter, [0]
-
-    def noted_enter(pulse: Any, phase: str, *, step: int | None = None) -> None:
-        now[0] = step or now[0]
-        enter(pulse, phase, step=step)
+    forward, calls = GPT.forward, [0]
 
     def broken_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if now[0] == STEP:
+        calls[0] += 1  # one a step
+        if calls[0] == STEP:
             struck()
             fault()
         return forward(model, *args, **kwargs)
 
-    GPT.forward, Pulse.enter = broken_forward, noted_enter
+    GPT.forward = broken_forward
 
 
 def held_gil() -> None:
@@ -238,8 +234,13 @@ def hang(fault: str, victim: int, stage: int, folder: Path, data: Path, *overrid
     result.gone = time.time() - (_struck(folder) or 0)
     result.codes = [int(process.exitcode or 0) for process in started]
     result.lines = [line for o in _outputs(folder) for line in o.splitlines() if line.startswith("bigtfm: ")]
-    time.sleep(0.5)
-    result.left = [pid for pid, born in seen.items() if born and _born(pid) == born]
+    if result.named < 0 and result.lines:
+        result.named = result.gone
+    while True:
+        result.left = [pid for pid, born in seen.items() if born and _born(pid) == born]
+        if not result.left or time.time() - (_struck(folder) or 0) > result.gone + 10:
+            break
+        time.sleep(0.1)
     yield result
 
 

@@ -25,6 +25,8 @@ import torch
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.loader import Batch
+from bigtfm.resilience import stacks
+from bigtfm.resilience.lifeline import end_with_parent
 
 # What asks a trainer to stop may reach its workers too, for instance as Slurm's signal to all of a job's
 # processes: whether the work goes on is the trainer's to say.
@@ -166,6 +168,8 @@ def _nameless_memory() -> int:
 def _serve(connection: Connection, pickled: bytes) -> None:
     """A worker's life: answers requests until the trainer's end of the connection is gone."""
     signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)  # where the fork server was there before
+    stacks.register()
+    end_with_parent()  # also in the middle of a batch
     torch.set_num_threads(1)
     loader: MakesBatches | None = None
     with suppress(EOFError, OSError):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any
 
 from bigtfm.config.problems import DataProblem, Problem, StorageProblem
 from bigtfm.data.sources import Unit
 from bigtfm.data.units import Job, Record, write_unit
+from bigtfm.resilience.lifeline import end_with_parent
 
 STORAGE_FIX = "check space and permissions, then run the same command again: it continues"
 
@@ -49,14 +49,7 @@ def _start_worker() -> None:
     """Workers die with Ctrl-C, silently, and with the process that started them, however that died."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def _work(job: Job, number: int, spans: Unit, chosen: int | None) -> tuple[int, Any]:

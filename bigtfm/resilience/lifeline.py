@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from mmap import mmap
+from multiprocessing import parent_process
 from typing import Any
 
 from bigtfm.config.problems import Hang, Problem, known_cause
@@ -95,6 +96,18 @@ def die_with(parent: int) -> None:
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if os.getppid() != parent:
+        os._exit(1)
+
+
+def end_with_parent() -> None:
+    """For a process of multiprocessing, whatever started it: ends it with the process that wanted it."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)
 
 
