@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bigtfm.check import Resolved, resolve
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.run import RunConfig, load_run_config
@@ -21,8 +19,7 @@ from bigtfm.data.stream_source import StreamSource
 from bigtfm.data.streaming import ShuffledBlocks
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.model.backends import Choice, choose, installed_kernels, needs_of, this_device
-
-VERIFIED_BYTES = 256 * 2**20  # of tokens: up to here SHA-256 is checked at every start, in under a second
+from bigtfm.resilience.out_of_memory import remembered
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Job:
     order: Order  # of the training samples
     special: SpecialIds
     resolved: Resolved
+    stated_micro_batch: int  # the JSON's; memory that ran out may have made it smaller
 
     @property
     def dataset(self) -> TokenDataset:
@@ -78,6 +76,9 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
     """
     deepspeed = load_deepspeed_json(deepspeed_json)
     run = load_run_config(config, overrides)
+    stated = deepspeed.solve_batch(world_size).micro_batch
+    if run.guard.halve_micro_batch:
+        deepspeed = deepspeed.with_micro_batch(remembered(run.run_dir, stated), world_size)
     datasets = tuple(TokenDataset.open(path) for path in run.data.paths)
     special = special_ids(load_tokenizer(datasets[0].tokenizer_path), run)
     source = StreamSource.open(run.data.stream, run.data.text_column) if run.data.stream else None
@@ -86,7 +87,6 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
         order = training_order(datasets, run.data, run.seq_len, run.run.seed)
     resolved = resolve(run, deepspeed, world_size, datasets, order, special.vocab_size)
     for dataset in datasets:
-        tokens = sum(split.tokens for split in dataset.header.splits.values())
-        if tokens * np.dtype(dataset.header.dtype).itemsize <= VERIFIED_BYTES:
+        if dataset.small:
             dataset.verify()
-    return Job(config, run, deepspeed, datasets, source, order, special, resolved)
+    return Job(config, run, deepspeed, datasets, source, order, special, resolved, stated)

@@ -27,7 +27,7 @@ class Recorder:
         self._job, self._began = job, time.monotonic()
         self._flops = flops_per_token(run.model, resolved.vocab_size, run.seq_len, run.objective)
         self._peak = peak_flops(device, resolved.precision)
-        self._log = MetricsLog(run.run_dir / "metrics.jsonl")
+        self._log = MetricsLog(run.run_dir / "metrics.jsonl", run.save.retry_seconds)
         self._log.truncate_after(progress.step)
         self._console = Console(resolved.steps, progress.step, every=run.track.every)
         if progress.step >= resolved.steps:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
-import os
 import re
 import shutil
+import socket
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint, Occupied
+from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import DataSection, ModelSection, ObjectiveSection
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
-from bigtfm.engine import checkpoint
+from bigtfm.engine import checkpoint, storage
 from bigtfm.engine.distributed import Ranks
 from bigtfm.engine.probe import Probe, require_same
 from bigtfm.evaluate import unigram_bits_per_byte
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
+from bigtfm.planner.memory import checkpoint_bytes
+from bigtfm.resilience import events
 
 HUGGING_FACE = "huggingface"  # folder of an imported run: the original config
 
@@ -134,6 +136,60 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
     return found
 
 
+def require_same_on_all(job: Job, ranks: Ranks) -> None:
+    """Compares what the ranks make of their files: each reads its own machine's.
+
+    Raises:
+        DataProblem: a rank has another data set or tokenizer than rank 0.
+        ConfigProblem: anything else that decides the curve is another there.
+    """
+    mine = identity(job) | {"steps": job.resolved.steps, "micro_batch": job.resolved.micro_batch}
+    (_, first), *others = ranks.gather((socket.gethostname(), mine))
+    for rank, (host, other) in enumerate(others, 1):
+        for part in first:
+            if other[part] != first[part]:
+                name, here, there = _first_change(part, first[part], other[part])
+                kind = DataProblem if part in ("data", "tokenizer") else ConfigProblem
+                raise kind(
+                    f"rank {rank} ({host}) has another {part} than rank 0: {name} is {_brief(there)} there, "
+                    f"{_brief(here)} here",
+                    where=", ".join(job.run.data.paths) if kind is DataProblem else "the ranks' files",
+                    fix="give all machines the same files (a streamed data set by its commit, "
+                    "hf:NAME#COMMIT) and all ranks the same command",
+                )
+
+
+def require_room(job: Job) -> None:
+    """Compares the disk's free bytes with what checkpoints take, before anything is built.
+
+    Raises:
+        StorageProblem: there is not even room for one.
+    """
+    root, options = job.checkpoints, job.run.save
+    for path in checkpoint.leftovers(root):
+        storage.remove(path)
+    there = checkpoint.steps_in(root)
+    free, needed = storage.free_bytes(root), checkpoint_bytes(job.resolved.parameters, job.resolved.optimizer)
+    if free is None or job.resolved.steps in there:
+        return
+    retention = checkpoint.Retention(max(1, options.keep - 1), options.keep_every)
+    spare = checkpoint.surplus(root, retention, max(there, default=0), None)
+    freed = sum(file.stat().st_size for path in spare for file in path.iterdir())
+    if free + freed < needed:
+        raise storage.full(storage.FULL[errno.ENOSPC], root, needed)
+    lacking = max(1, options.keep + 1 - len(there))
+    if free < lacking * needed:
+        events.tell(
+            job.run.run_dir,
+            "little room",
+            f"{root}: {free:,} bytes are free, and save.keep={options.keep} wants {lacking * needed:,} for "
+            f"{lacking} more of {needed:,}: where a save finds no room, checkpoints before the newest are "
+            "deleted before it, not after it",
+            free=free,
+            needed=needed,
+        )
+
+
 def lay_out(job: Job) -> None:
     """Writes everything but metrics and checkpoints."""
     folder, validation = job.run.run_dir, job.dataset.header.splits["validation"]
@@ -158,26 +214,6 @@ def lay_out(job: Job) -> None:
     if job.run.run.init_from and imported.is_dir():  # what the model was there: an export makes it that again
         shutil.copytree(imported, folder / HUGGING_FACE, dirs_exist_ok=True)
     (folder / "failure.json").unlink(missing_ok=True)  # an earlier start's
-
-
-def claim(folder: Path) -> None:
-    """Keeps other trainings out of the run directory while this process lives, however that ends.
-
-    Raises:
-        Occupied: another training is at work there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open on purpose
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Occupied(
-            "another training is at work here",
-            where=str(folder),
-            fix="wait until it has ended, or give this one another run.name",
-        ) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -5,13 +5,15 @@ metrics.jsonl is the record: what else shows a run (curve.png, MLflow) is made f
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bigtfm.config.problems import StorageProblem
 
@@ -20,17 +22,21 @@ NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl: an object a line, each flushed; floats read back exactly.
+    """Appends to metrics.jsonl: an object a line, each written at once; floats read back exactly.
 
     A row gets the wall-clock `time` (Unix seconds) at which it was written: what is sent to MLflow later, or
     twice, keeps its time. A line torn by a kill is dropped when the log is opened.
 
+    retry_seconds: how long rows that can't be written are kept and tried again with the next ones.
+
     Raises:
-        StorageProblem: the file can't be written.
+        StorageProblem: the file can't be written, or is gone.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, retry_seconds: float = 0.0) -> None:
+        self.path, self._retry_seconds = path, retry_seconds
+        self._waiting = bytearray()  # what the file has not taken yet
+        self._failing_since: float | None = None
         self._file = self._open()
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -38,11 +44,8 @@ class MetricsLog:
         values = {
             key: _writable(value) for key, value in ({"time": round(time.time(), 3)} | dict(row)).items()
         }
-        try:
-            self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
+        self._waiting += json.dumps(values, allow_nan=False).encode() + b"\n"
+        self._try()
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows past `step`, the step of the checkpoint that is resumed from. All or nothing."""
@@ -56,21 +59,47 @@ class MetricsLog:
             os.replace(shorter, self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from None
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise StorageProblem(
                 "a line is damaged", where=str(self.path), fix="remove that line, then start again"
             ) from None
         self._file = self._open()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; rows that still wait are tried for as long as others."""
+        while self._waiting:
+            self._try()
+            if self._waiting:
+                time.sleep(0.2)
         self._file.close()
 
-    def _open(self) -> IO[bytes]:
+    def _try(self) -> None:
+        """Writes what waits, or keeps it; raises when it has waited for too long."""
+        try:
+            self._write()
+            self._failing_since = None
+        except OSError as error:
+            self._file.close()  # a handle may be stale where the file is sound
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            if now - self._failing_since >= self._retry_seconds:
+                self._waiting.clear()
+                raise _unwritable(self.path, error) from None
+
+    def _write(self) -> None:
+        if os.stat(self.path).st_ino != self._inode:
+            raise FileNotFoundError(errno.ENOENT, "another file is in its place")
+        if self._file.closed:
+            self._file = FileIO(self.path, "a")
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
+
+    def _open(self) -> FileIO:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+b")
+            file = FileIO(self.path, "a+")
             file.truncate(_whole_lines(file))
+            self._inode = os.fstat(file.fileno()).st_ino
         except OSError as error:
             raise _unwritable(self.path, error) from None
         return file
@@ -119,7 +148,7 @@ def _writable(value: Any) -> Any:
     return value
 
 
-def _whole_lines(file: IO[bytes]) -> int:
+def _whole_lines(file: FileIO) -> int:
     """Bytes up to and with the last newline."""
     end = file.seek(0, os.SEEK_END)
     while end:

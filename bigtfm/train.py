@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import DataProblem, NoCheckpoint, NumericsProblem
-from bigtfm.data.indexed import Split
+from bigtfm.config.problems import NoCheckpoint, NumericsProblem, Problem
+from bigtfm.data.indexed import HEADER_NAME, Split
 from bigtfm.data.loader import Loader, TokenStream
 from bigtfm.data.objectives import make_objective
 from bigtfm.data.order import InOrder, Order, Windows, digest
 from bigtfm.data.prefetch import Prefetcher
 from bigtfm.data.streaming import StreamedTokens
+from bigtfm.data.verification import Verification, large_files, share
 from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
 from bigtfm.engine.checkpoint import Progress, Retention
@@ -31,11 +33,21 @@ from bigtfm.evaluate import require_labels, validation_loss
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
+from bigtfm.planner.memory import activation_bytes, logit_bytes
 from bigtfm.recorder import Recorder
+from bigtfm.resilience import events, out_of_memory
+from bigtfm.resilience.claim import claim
 from bigtfm.resilience.lifeline import Lifeline
 from bigtfm.resilience.numerics import require_finite
 from bigtfm.resilience.signals import stopped
-from bigtfm.run_directory import claim, identity, lay_out, refuse_changes, starting_point
+from bigtfm.run_directory import (
+    identity,
+    lay_out,
+    refuse_changes,
+    require_room,
+    require_same_on_all,
+    starting_point,
+)
 
 
 def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeline | None = None) -> None:
@@ -54,9 +66,12 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     own_ranks = ranks is None
     ranks = ranks or distributed.start(launch, pulse=lifeline.pulse)
     lifeline.meet(ranks.from_first)
+    claimed = ExitStack()
     with ranks.together("claiming the run directory"):
         if ranks.rank == 0:
-            claim(run.run_dir)
+            claimed.enter_context(claim(run.run_dir))
+            require_room(job)
+    require_same_on_all(job, ranks)
     pulse = ranks.pulse
     pulse.enter("build")
     engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute)
@@ -76,6 +91,9 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     stride = ranks.world_size * micro_batch
     data = json.dumps(progress.identity["data"], sort_keys=True)
     with (
+        claimed,
+        told_when_out_of_memory(job, ranks, progress),
+        verification_of(job, ranks) as verification,
         Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else nullcontext() as recorder,
         closing(make_saver(job, engine, ranks, probe, progress)) as saver,
         Prefetcher(loader, run.data.workers, pin_memory=True) as reader,
@@ -88,11 +106,15 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
             first = progress.samples + ranks.rank * micro_batch
             starts = range(first, first + stride * accumulation, stride)
             batches = reader.step(starts, micro_batch, stride * accumulation)
-            labels, save_failed, stop_asked, interrupted, orphaned = ranks.sum(
-                [sum(batch.num_labels for batch in batches), saver.failed, *lifeline.stop.flags]
+            failed, labels, stop_asked, interrupted, orphaned = ranks.sum(
+                [
+                    saver.failed or verification.failed,
+                    sum(batch.num_labels for batch in batches),
+                    *lifeline.stop.flags,
+                ]
             )
-            if save_failed:
-                saver.wait()
+            if failed:
+                end_for_storage(saver, verification, ranks)
             if stop_asked:
                 saver.save(progress)
                 saver.wait()
@@ -147,6 +169,61 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
         ranks.close()
 
 
+@contextmanager
+def told_when_out_of_memory(job: Job, ranks: Ranks, progress: Progress) -> Iterator[None]:
+    """Says which numbers to lower when the block runs out of memory, or has the next start lower them.
+
+    Raises:
+        ConfigProblem: memory ran out.
+        RequeueRequested: it did, and the next start takes a smaller micro batch (guard.halve_micro_batch).
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Problem) or not out_of_memory.is_out_of_memory(error):
+            raise
+        run, resolved = job.run, job.resolved
+        tokens, size = resolved.micro_batch * resolved.seq_len, 4 if resolved.precision == "fp32" else 2
+        smaller = out_of_memory.smaller(resolved.micro_batch)
+        if run.guard.halve_micro_batch and smaller is not None:
+            out_of_memory.remember(run.run_dir, job.stated_micro_batch, smaller)
+        raise out_of_memory.problem(
+            error,
+            where=f"rank {ranks.rank}, step {progress.step + 1}",
+            micro_batch=resolved.micro_batch,
+            accumulation=resolved.accumulation,
+            seq_len=resolved.seq_len,
+            activations=activation_bytes(run.model, tokens, size, resolved.recompute),
+            logits=logit_bytes(resolved.vocab_size, tokens, size),
+            halve=run.guard.halve_micro_batch,
+        ) from None
+
+
+def verification_of(job: Job, ranks: Ranks) -> Verification:
+    """Reads the large files of the data, in turns with the other ranks: data.verify says when.
+
+    Raises:
+        DataProblem: one is not what it was.
+    """
+    data = job.run.data
+    files = large_files(job.datasets, job.run.seq_len, data.packing) if data.verify != "never" else []
+    seen = [(path / HEADER_NAME).stat() for path in map(Path, data.paths)]
+    places = ranks.gather([(status.st_ino, status.st_mtime_ns) for status in seen])
+    verification = Verification(files[share(places, ranks.rank)])
+    if data.verify == "start":
+        with ranks.together("reading the data"):
+            verification.wait()
+            verification.require_sound()
+    return verification
+
+
+def end_for_storage(saver: Saver, verification: Verification, ranks: Ranks) -> None:
+    """Raises, on all ranks, why a save has failed or which file of the data is not what it was."""
+    with ranks.together("reading the data"):
+        verification.require_sound()
+    saver.wait()
+
+
 def fresh_model(job: Job) -> LanguageModel:
     """The model, to be filled with initial weights or a checkpoint's."""
     run, compute = job.run, job.run.compute.model_copy(update={"attention": job.attention.name})
@@ -170,18 +247,7 @@ def batches_of(job: Job, split: str) -> Loader:
 
 
 def start_stream(job: Job, stream: StreamedTokens, progress: Progress, ranks: Ranks) -> None:
-    """Puts a stream where the run stands.
-
-    Raises:
-        DataProblem: the ranks do not see the same data set.
-    """
-    assert job.source is not None
-    if any(other != job.source.identity for other in ranks.gather(job.source.identity)):
-        raise DataProblem(
-            "not all ranks find the same files or the same commit",
-            where=job.source.name,
-            fix="give all machines the same folder, or name a commit: hf:NAME#COMMIT",
-        )
+    """Puts a stream where the run stands."""
     stream.start(
         progress.samples,
         progress.stream,
@@ -290,6 +356,8 @@ def make_saver(job: Job, engine: Any, ranks: Ranks, probe: Probe | None, progres
         retention,
         saved=progress.step,
         asynchronous=options.asynchronous,
+        retry_seconds=options.retry_seconds,
+        tell=partial(events.tell, job.run.run_dir),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import rank_runner
+import signing
 from conftest import TINY
 
 from bigtfm.cli import app
@@ -323,8 +324,8 @@ def _headers() -> dict[str, tuple[Callable[[Any], Any], str]]:
 def test_broken_headers(run: Run, job: list[str], tiny_data: Path, tmp_path: Path, name: str) -> None:
     change, piece = _headers()[name]
     shutil.copytree(tiny_data, tmp_path / "data")
-    header = change(json.loads((tiny_data / "dataset.json").read_text()))
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps(header))
+    header = change(signing.read(tiny_data / "dataset.json"))
+    signing.write(tmp_path / "data" / "dataset.json", header)
     assert_one_line(run("check", *job, "data.path=data"), DATA, piece)
 
 
@@ -361,9 +362,9 @@ def test_an_index_out_of_order_with_its_hash(
     index = (data / "train-00000.idx").read_bytes()
     index = index[:8] + index[16:24] + index[8:16] + index[24:]
     (data / "train-00000.idx").write_bytes(index)
-    header = json.loads((data / "dataset.json").read_text())
+    header = signing.read(data / "dataset.json")
     header["splits"]["train"]["files"][0]["index_sha256"] = hashlib.sha256(index).hexdigest()
-    (data / "dataset.json").write_text(json.dumps(header))
+    signing.write(data / "dataset.json", header)
     assert_one_line(run("check", *job, "data.path=data"), DATA, "from document to document")
 
 
@@ -371,9 +372,9 @@ def test_patience_without_a_validation_split(
     run: Run, job: list[str], tiny_data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_data, tmp_path / "data")
-    header = json.loads((tiny_data / "dataset.json").read_text())
+    header = signing.read(tiny_data / "dataset.json")
     header["splits"]["validation"] = {"documents": 0, "tokens": 0, "bytes": 0, "max_id": -1, "files": []}
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps(header))
+    signing.write(tmp_path / "data" / "dataset.json", header)
     answer = run("check", *job, "data.path=data", "eval.every=1", "eval.patience=2")
     assert_one_line(answer, CONFIG, "has no validation split")
 
@@ -395,10 +396,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> P
 def _write(checkpoint: Path, name: str, content: Any) -> None:
     """Replaces a file of a checkpoint, and signs it in the manifest."""
     (checkpoint / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest = signing.read(checkpoint / "manifest.json")
     written = (checkpoint / name).read_bytes()
     manifest["files"][name] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    signing.write(checkpoint / "manifest.json", manifest)
 
 
 def _index(checkpoint: Path, **changes: Any) -> None:
@@ -409,9 +410,9 @@ def _index(checkpoint: Path, **changes: Any) -> None:
 
 
 def _manifest(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest = signing.read(checkpoint / "manifest.json")
     change(manifest["files"])
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    signing.write(checkpoint / "manifest.json", manifest)
 
 
 def _lead_out(checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import rank_runner
+import signing
 from conftest import TINY
 
 from bigtfm.compare.cause import likely_cause
@@ -250,12 +251,12 @@ def test_resumes_that_skip_a_batch_or_change_its_size(runs: Path, tmp_path: Path
 
 def rewrite(checkpoint: Path, name: str, text: str) -> None:
     (checkpoint / name).write_text(text)
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest = signing.read(checkpoint / "manifest.json")
     manifest["files"][name] = {
         "bytes": len(text.encode()),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    signing.write(checkpoint / "manifest.json", manifest)
 
 
 def test_the_command(runs: Path, tmp_path: Path) -> None:

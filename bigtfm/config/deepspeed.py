@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -200,6 +200,12 @@ class DeepSpeedConfig:
         if micro * accumulation * world_size != whole:
             raise self._unsolvable(world_size, whole)
         return BatchTriple(micro, accumulation, whole)
+
+    def with_micro_batch(self, micro: int, world_size: int) -> DeepSpeedConfig:
+        """The same global batch in micro batches of a size that divides the stated one."""
+        stated, accumulation, whole = self.solve_batch(world_size)
+        batch = dict(zip(BATCH_KEYS, (whole, micro, accumulation * stated // micro), strict=True))
+        return replace(self, values=self.values | batch)
 
     def _unsolvable(self, world_size: int, whole: int) -> ConfigProblem:
         _, micro, accumulation = self.stated_batch

@@ -349,6 +349,12 @@ class DataSection(Section):
         le=64,
         description="processes per rank that make batches ahead of training; 0: a thread does",
     )
+    verify: Literal["beside", "start", "never"] = Field(
+        default="beside",
+        description="when data sets over 256 MiB are compared with their SHA-256 (smaller ones always "
+        "are, before the first step): beside (while training goes on, ranks taking turns; a difference ends "
+        "the run with exit code 65), start (before the first step) or never",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSection:
@@ -515,6 +521,12 @@ class SaveSection(Section):
         default=True,
         description="write checkpoints while training goes on: it waits only for the copy to host memory, "
         "which takes as much of it as a checkpoint's shard; false: it waits for the disk",
+    )
+    retry_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="seconds for which a checkpoint or a row of metrics.jsonl that can't be written is tried "
+        "again while training goes on; then the run ends with exit code 74",
     )
 
 

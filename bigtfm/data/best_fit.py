@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bigtfm.config.problems import DataProblem, StorageProblem
-from bigtfm.data.indexed import SHA256, TokenDataset
+from bigtfm.data.indexed import SHA256, Signed, TokenDataset
 from bigtfm.data.order import Pieces
 from bigtfm.data.samples import places, within
+from bigtfm.sealed import seal, unseal
 
 HEADER_NAME = "plan.json"
 ARRAYS = ("first", "starts", "stops")
 DTYPE = np.dtype("<i8")
-VERIFIED_BYTES = 256 * 2**20  # up to here a plan's SHA-256 is checked at every start, in under a second
 
 Ints = NDArray[np.int64]
 
@@ -188,7 +188,7 @@ def _write(folder: Path, plan: Plan, arrays: dict[str, Ints]) -> None:
     unfinished.mkdir()
     try:
         contents = {f"{name}.i64": array.astype(DTYPE).tobytes() for name, array in arrays.items()}
-        for name, content in {**contents, HEADER_NAME: plan.model_dump_json(indent=1).encode()}.items():
+        for name, content in {**contents, HEADER_NAME: seal(plan.model_dump())}.items():
             with (unfinished / name).open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -235,22 +235,32 @@ class Packed:
             return DataProblem(what, where=str(folder), fix=fix)
 
         try:
-            plan = Plan.model_validate_json((folder / HEADER_NAME).read_bytes())
+            plan = Plan.model_validate_json(unseal((folder / HEADER_NAME).read_bytes()))
             if (plan.dataset, plan.seq_len) != (dataset.identity, seq_len):
                 raise problem("it was made for other data than stand there now")
             for name, size in zip(ARRAYS, (plan.sequences + 1, plan.pieces, plan.pieces), strict=True):
                 file = folder / f"{name}.i64"
                 if file.stat().st_size != size * DTYPE.itemsize:
                     raise problem(f"{file.name} is damaged: it has not the size that {HEADER_NAME} says")
-                if size * DTYPE.itemsize <= VERIFIED_BYTES and _sha256(file) != plan.sha256.get(name):
-                    raise problem(f"{file.name} is damaged: its SHA-256 is not what {HEADER_NAME} says")
-            return cls(folder, plan, start)
+            packed = cls(folder, plan, start)
+            for array in packed.files:
+                if not array.large:
+                    array.verify()
+            return packed
         except FileNotFoundError:
             raise problem("data.packing best_fit needs a plan, and there is none") from None
         except ValidationError as error:
             raise problem(f"{HEADER_NAME} is damaged: {error.errors()[0]['msg']}") from None
+        except ValueError as error:
+            raise problem(f"{HEADER_NAME} is damaged: {error}") from None
         except OSError as error:
             raise problem(f"can't be read: {error}") from None
+
+    @property
+    def files(self) -> list[Signed]:
+        """The plan's arrays."""
+        fix = f"run `bigtfm pack {self.folder.parent} --seq-len {self.plan.seq_len}`"
+        return [Signed(self.folder / f"{name}.i64", self.plan.sha256.get(name, ""), fix) for name in ARRAYS]
 
     @property
     def size(self) -> int:
@@ -266,8 +276,3 @@ class Packed:
         which = places(begins, counts)
         samples = np.repeat(np.arange(len(indices)), counts)
         return Pieces(indices, samples, self.start + self._starts[which], self.start + self._stops[which])
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

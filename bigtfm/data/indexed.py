@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bigtfm.config.problems import DataProblem, did_you_mean
+from bigtfm.sealed import unseal
 
 FORMAT = "bigtfm-tokens"
 VERSION = 1
@@ -36,6 +37,7 @@ TOKENIZER_FOLDER = "tokenizer"
 INDEX_DTYPE = np.dtype("<u8")
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
 SHA256 = r"^[0-9a-f]{64}$"
+VERIFIED_BYTES = 256 * 2**20  # up to here SHA-256 is checked at every start, in under a second
 
 SplitName = Literal["train", "validation"]
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -115,6 +117,38 @@ class Header(_Strict):
         if max(self.tokenizer.bos_id, self.tokenizer.eos_id) >= self.vocab_size:
             raise ValueError(f"the tokenizer's BOS or EOS id is beyond the vocabulary of {self.vocab_size}")
         return self
+
+
+class Signed(NamedTuple):
+    """A file, the SHA-256 that it has to have, and what to do where it has another."""
+
+    path: Path
+    sha256: str
+    fix: str
+
+    @property
+    def large(self) -> bool:
+        """Whether `verify` takes longer than a start should."""
+        return self.path.stat().st_size > VERIFIED_BYTES
+
+    def verify(self) -> None:
+        """Raises DataProblem when the file is missing or differs."""
+        try:
+            with self.path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise DataProblem("missing file", where=str(self.path), fix=self.fix) from None
+        except OSError as error:
+            raise DataProblem(
+                f"can't be read: {error}", where=str(self.path), fix="check its permissions"
+            ) from None
+        if found != self.sha256:
+            raise self.changed(found)
+
+    def changed(self, found: str) -> DataProblem:
+        """What is said of a file with another SHA-256."""
+        what = f"its SHA-256 is {found[:12]}, but the header says {self.sha256[:12]}: the file was changed"
+        return DataProblem(what, where=str(self.path), fix=self.fix)
 
 
 class Split:
@@ -307,16 +341,30 @@ class TokenDataset:
                 return split
         raise DataProblem(f"no split '{name}'", where=str(self.path), fix=did_you_mean(name, self._splits))
 
+    @property
+    def files(self) -> list[Signed]:
+        """Tokens and indices of both splits."""
+        return [
+            Signed(self.path / name, sha256, _prepare_again(self.path))
+            for split in self.header.splits.values()
+            for file in split.files
+            for name, sha256 in ((file.name, file.sha256), (file.index, file.index_sha256))
+        ]
+
+    @property
+    def small(self) -> bool:
+        """Whether `verify` takes less than a second."""
+        tokens = sum(split.tokens for split in self.header.splits.values())
+        return tokens * np.dtype(self.header.dtype).itemsize <= VERIFIED_BYTES
+
     def verify(self) -> None:
         """Read every file and compare it with the header: its SHA-256, the token ids, the index.
 
         Raises:
             DataProblem: a file differs (the line names it).
         """
-        for split in self.header.splits.values():
-            for file in split.files:
-                _compare(self.path / file.name, file.sha256, self.path)
-                _compare(self.path / file.index, file.index_sha256, self.path)
+        for file in self.files:
+            file.verify()
         for data in self._splits.values():
             if what := data.defect():
                 raise DataProblem(what, where=str(self.path), fix=_prepare_again(self.path))
@@ -325,7 +373,7 @@ class TokenDataset:
     def _check_tokenizer(self) -> None:
         tokenizer = self.header.tokenizer
         for file in tokenizer.files:
-            _compare(self.tokenizer_path / file.name, file.sha256, self.path)
+            Signed(self.tokenizer_path / file.name, file.sha256, _prepare_again(self.path)).verify()
         if tokenizer.files[0].sha256 != tokenizer.identity:
             what = f"the tokenizer's identity isn't the SHA-256 of {tokenizer.files[0].name}"
             raise DataProblem(what, where=str(self.path / HEADER_NAME), fix=_prepare_again(self.path))
@@ -334,10 +382,10 @@ class TokenDataset:
 def _parse_header(text: bytes, folder: Path) -> Header:
     where = str(folder / HEADER_NAME)
     try:
-        values = json.loads(text)
+        values = json.loads(unseal(text))
     except (ValueError, RecursionError) as error:
         raise DataProblem(
-            f"the header is no JSON: {error}", where=where, fix=_prepare_again(folder)
+            f"the header can't be read: {error}", where=where, fix=_prepare_again(folder)
         ) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise DataProblem(
@@ -371,19 +419,6 @@ def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
         raise DataProblem(f"can't be read: {error}", where=str(path), fix="check its permissions") from None
     what = f"{size} bytes, but the header says {count * dtype.itemsize}"
     raise DataProblem(what, where=str(path), fix=_prepare_again(path.parent))
-
-
-def _compare(path: Path, sha256: str, folder: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DataProblem("missing file", where=str(path), fix=_prepare_again(folder)) from None
-    except OSError as error:
-        raise DataProblem(f"can't be read: {error}", where=str(path), fix="check its permissions") from None
-    if found != sha256:
-        what = f"its SHA-256 is {found[:12]}, but the header says {sha256[:12]}: the file was changed"
-        raise DataProblem(what, where=str(path), fix=_prepare_again(folder))
 
 
 def _prepare_again(folder: Path) -> str:

@@ -8,7 +8,6 @@ number of workers, and after a kill the same command goes on with the units that
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -33,6 +32,7 @@ from bigtfm.data.work_folder import (
     storage_errors,
 )
 from bigtfm.data.workers import run_units
+from bigtfm.sealed import seal
 
 FILE_BYTES = 2**30
 
@@ -330,8 +330,7 @@ def _join(
         "options": plan["options"],
     }
     Header.model_validate(header)  # ours to get right: not a user's mistake
-    text = json.dumps(header, indent=1, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair, as JSON writes it
+    return seal(header)
 
 
 def _describe(

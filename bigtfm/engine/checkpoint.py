@@ -5,7 +5,7 @@
         index.json                parameter -> shape, and which shard holds which of its elements
         state.json                step, samples, schedule, loss scale; what data, tokenizer, model, seed;
                                   a probe and its loss (bigtfm/engine/probe.py)
-        manifest.json             size and SHA-256 of every file above, written last
+        manifest.json             size and SHA-256 of every file above, and of itself; written last
 
 A save goes to a temporary directory, is flushed to the disk, and is renamed when whole. A checkpoint counts
 when its manifest verifies; no pointer file can go stale, and nothing is unpickled. Any ZeRO stage and any
@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 import sys
 from contextlib import nullcontext
@@ -34,7 +33,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
 from bigtfm.config.problems import NoCheckpoint, StorageProblem
-from bigtfm.engine import fragments
+from bigtfm.engine import fragments, storage
+from bigtfm.sealed import seal, unseal
 
 if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
@@ -158,18 +158,16 @@ def finish(building: Path, final: Path, gathered: list[dict[str, Any]], state: d
     for name, content in (("index.json", index), ("state.json", state)):
         (building / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         files[name] = flush_and_hash(building / name)
-    (building / "manifest.json").write_text(
-        json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8"
-    )
+    (building / "manifest.json").write_bytes(seal({"format": FORMAT, "files": files}))
     flush_and_hash(building / "manifest.json")
     flush_directory(building)
     old = final.with_name(f".replaced-{final.name}")
     if final.exists():  # left by a run that was resumed from an earlier step
-        shutil.rmtree(old, ignore_errors=True)
+        storage.remove(old)
         final.rename(old)
     building.rename(final)
     flush_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    storage.remove(old)
 
 
 def flush_and_hash(path: Path) -> dict[str, Any]:
@@ -199,9 +197,11 @@ def defect(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """
     reading = "manifest.json"
     try:
-        manifest = _read_json(checkpoint / reading)
+        manifest = json.loads(unseal(_bytes(checkpoint / reading)))
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
+        if manifest.keys() != {"format", "files"}:
+            return f"{reading} is damaged"
         files = manifest["files"]
         for number, (name, expected) in enumerate(files.items()):
             if problem := _file_defect(checkpoint, name, expected, hashed=number % share[1] == share[0]):
@@ -210,11 +210,11 @@ def defect(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             if name not in files:
                 return f"manifest.json does not list {name}"
         reading = "state.json"
-        state = State.model_validate_json(_text(checkpoint / reading))
+        state = State.model_validate_json(_bytes(checkpoint / reading))
         if checkpoint.name != folder_of(checkpoint, state.progress.step).name:
             return f"state.json is of step {state.progress.step}"
         reading = "index.json"
-        index = INDEX.validate_json(_text(checkpoint / reading))
+        index = INDEX.validate_json(_bytes(checkpoint / reading))
         return _index_defect(index, files)
     except OSError as error:
         if error.errno not in NOT_THERE:
@@ -224,13 +224,13 @@ def defect(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return f"{reading} is damaged"
 
 
-def _text(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
     _size(path)
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    values = json.loads(_text(path))
+    values = json.loads(_bytes(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} holds no object")
     return values
@@ -533,15 +533,23 @@ def _open_shard(path: Path) -> tuple[BufferedReader, dict[str, Any]]:
 
 
 def prune(root: Path, retention: Retention, step: int, best_step: int | None) -> None:
-    """After a save of `step`: deletes what nobody wants to keep, and what a killed save left behind.
+    """After a save of `step`: deletes what nobody wants to keep, and what a killed save left behind."""
+    for path in (*surplus(root, retention, step, best_step), *leftovers(root)):
+        storage.remove(path)
+
+
+def surplus(root: Path, retention: Retention, step: int, best_step: int | None) -> list[Path]:
+    """The checkpoints that nobody wants to keep once that of `step` is there.
 
     A later step than this one is of a past that the run has left: it was resumed from an earlier one.
     """
     found = steps_in(root)
-    kept = [number for number in found if number <= step][: retention.keep]
-    for number, path in found.items():
-        for_good = retention.keep_every and number % retention.keep_every == 0 and number <= step
-        if number not in kept and number != best_step and not for_good:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in (*root.glob(".building-*"), *root.glob(".replaced-*")):
-        shutil.rmtree(path, ignore_errors=True)
+    past = [number for number in found if number <= step]
+    for_good = [number for number in past if retention.keep_every and number % retention.keep_every == 0]
+    kept = {best_step, *past[: retention.keep], *for_good}
+    return [path for number, path in found.items() if number not in kept]
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What killed saves and deletions left behind."""
+    return [path for kind in ("building", "replaced", "removing") for path in root.glob(f".{kind}-*")]

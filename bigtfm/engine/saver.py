@@ -8,12 +8,12 @@ import fcntl
 import hashlib
 import math
 import os
-import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from mmap import mmap
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bigtfm.config.problems import NumericsProblem
-from bigtfm.engine import checkpoint, fragments
+from bigtfm.config.problems import NumericsProblem, StorageProblem
+from bigtfm.engine import checkpoint, fragments, storage
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.fragments import Fragment
 from bigtfm.engine.probe import Probe
@@ -44,6 +44,10 @@ class Place:
     numel: int
 
 
+BESIDES = 2**16  # bytes of a checkpoint that are no tensors, at least
+Tell = Callable[..., None]  # the name of an event, a line about it, and details
+
+
 class Saver:
     """Writes checkpoints of an engine below `root`, one at a time.
 
@@ -55,6 +59,8 @@ class Saver:
     probe: computed again at every save; None: the checkpoints have none.
     saved: the step that is on the disk already; 0: none.
     asynchronous: False makes `save` return when the checkpoint is on the disk.
+    retry_seconds: how long a save that fails is tried again, since many failures of a disk pass.
+    tell: hears, on rank 0, of saves that fail and of a disk that is too slow for them.
     """
 
     def __init__(
@@ -67,15 +73,20 @@ class Saver:
         *,
         saved: int = 0,
         asynchronous: bool = True,
+        retry_seconds: float = 0.0,
+        tell: Tell = lambda *_, **__: None,
     ) -> None:
         self._root, self._engine, self._ranks, self._aside = root, engine, ranks, ranks.aside
         self._probe, self._retention, self._asynchronous = probe, retention, asynchronous
+        self._retry_seconds, self._tell = retry_seconds, tell if ranks.rank == 0 else lambda *_, **__: None
+        self._folder = root.stat().st_ino
         self._saved = saved or None
         self._file_image = mmap(-1, PAGE)  # header and buffer
         self._buffer = torch.empty(0)
         self._layout: dict[str, list[Place]] = {}  # by parameter name; what this rank writes
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._closing = threading.Event()
 
     @property
     def failed(self) -> bool:
@@ -100,7 +111,7 @@ class Saver:
             StorageProblem: as `wait`.
             NumericsProblem: the model's loss is not finite; nothing is written.
         """
-        self.wait()
+        self._wait_for_the_one_before(progress.step)
         if progress.step == self._saved:
             return
         self._ranks.pulse.enter("save")
@@ -114,6 +125,19 @@ class Saver:
         if not self._asynchronous:
             self.wait()
 
+    def _wait_for_the_one_before(self, step: int) -> None:
+        behind, began = self._writing is not None and not self._writing.done(), time.monotonic()
+        self.wait()
+        seconds = time.monotonic() - began
+        if behind and seconds > 1:
+            self._tell(
+                "slow save",
+                f"at step {step} training waited {seconds:.1f} s until the one before was on the disk: "
+                "raise save.every, or save to a faster disk",
+                step=step,
+                seconds=round(seconds, 3),
+            )
+
     def _require_finite(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
             raise NumericsProblem(
@@ -124,7 +148,8 @@ class Saver:
             )
 
     def close(self) -> None:
-        """Lets a save in flight end, whatever became of it."""
+        """Lets a save in flight end, whatever became of it; one that has failed is not tried again."""
+        self._closing.set()
         self._writer.shutdown(wait=True)
 
     def _copy(self) -> dict[str, Any]:
@@ -188,28 +213,63 @@ class Saver:
         return f"shard-{self._ranks.rank:05d}.safetensors"
 
     def _write(self, state: dict[str, Any], entries: dict[str, Any]) -> None:
-        """What the thread does. Its ranks' collectives are its own."""
-        began = time.monotonic()
+        """What the thread does. Its ranks' collectives are its own, and all ranks try equally often."""
+        step, pauses = state["progress"]["step"], storage.pauses(self._retry_seconds)
+        began, failed = time.monotonic(), False
+        while True:
+            try:
+                self._try(state, entries)
+                break
+            except StorageProblem as problem:
+                pause, failed = next(pauses, None), True
+                if pause is None:
+                    raise
+                again = f"the checkpoint of step {step} is tried again in {pause:.1f} s: {problem.what}"
+                self._tell("save failed", again, step=step, what=problem.what)
+                self._closing.wait(pause)
+                if any(self._aside.sum([self._closing.is_set()])):
+                    raise
+        self._ranks.pulse.took("save", time.monotonic() - began)
+        if failed:
+            self._tell("save done", f"the checkpoint of step {step} is on the disk now", step=step)
+
+    def _try(self, state: dict[str, Any], entries: dict[str, Any]) -> None:
         ranks, final = self._aside, checkpoint.folder_of(self._root, state["progress"]["step"])
         building = self._root / f".building-{final.name}"
+        needed = BESIDES + int(ranks.sum([self._buffer.nbytes])[0])
         try:
-            with ranks.together(f"writing {final}"):
+            with ranks.together(f"writing {final}"), storage.told_when_full(self._root, needed):
+                storage.require_same(self._root, self._folder)
                 if ranks.rank == 0:
-                    shutil.rmtree(building, ignore_errors=True)
-            self._write_into(building, final, state, entries)
-            ranks.pulse.took("save", time.monotonic() - began)
+                    storage.remove(building)
+                    self._make_room(needed, state["progress"])
+            self._write_into(building, final, needed, state, entries)
         except BaseException:
             if ranks.rank == 0:  # the room may be needed
-                shutil.rmtree(building, ignore_errors=True)
+                storage.remove(building)
             raise
 
+    def _make_room(self, needed: int, progress: dict[str, Any]) -> None:
+        """Where it is short, what would go after this save goes before it; the newest stays.
+
+        Raises:
+            StorageProblem: it is not enough.
+        """
+        free = storage.free_bytes(self._root)
+        if free is not None and free < needed:
+            fewer = replace(self._retention, keep=max(1, self._retention.keep - 1))
+            checkpoint.prune(self._root, fewer, progress["step"], progress["best_step"])
+            free = storage.free_bytes(self._root)
+        if free is not None and free < needed:
+            raise storage.full(storage.FULL[errno.ENOSPC], self._root, needed)
+
     def _write_into(
-        self, building: Path, final: Path, state: dict[str, Any], entries: dict[str, Any]
+        self, building: Path, final: Path, needed: int, state: dict[str, Any], entries: dict[str, Any]
     ) -> None:
         progress, ranks = state["progress"], self._aside
         files: dict[str, Any] = {}
-        with ranks.together(f"writing {final}"):
-            building.mkdir(parents=True, exist_ok=True)
+        with ranks.together(f"writing {final}"), storage.told_when_full(self._root, needed):
+            building.mkdir(exist_ok=True)  # not its parents: a run directory that is gone stays away
             if entries:
                 files[self._file] = self._write_shard(building / self._file)
                 for name, entry in entries.items():
@@ -217,7 +277,7 @@ class Saver:
                     values = self._buffer[weights.first : weights.first + weights.numel]
                     entry["fragment"]["checksum"] = checkpoint.checksum(values, entry["fragment"]["start"])
         gathered = ranks.gather({"files": files, "parameters": entries})
-        with ranks.together(f"writing {final}"):
+        with ranks.together(f"writing {final}"), storage.told_when_full(self._root, needed):
             if ranks.rank == 0:
                 checkpoint.finish(building, final, gathered, state)
                 checkpoint.prune(self._root, self._retention, progress["step"], progress["best_step"])

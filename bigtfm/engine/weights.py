@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtfm.engine import checkpoint
+from bigtfm.engine import checkpoint, storage
 from bigtfm.engine.checkpoint import FORMAT, Progress
 
 Shape = tuple[int, ...]
@@ -54,7 +53,7 @@ def save_training(
     """
     final = checkpoint.folder_of(root, progress.step)
     building = root / f".building-{final.name}"
-    shutil.rmtree(building, ignore_errors=True)
+    storage.remove(building)
     building.mkdir(parents=True)
     keys, stream, gathered = ["fp32", *moments], iter(tensors), []
     for number, names in enumerate(in_shards(shapes, shard_bytes // len(keys))):

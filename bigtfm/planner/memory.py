@@ -68,3 +68,34 @@ def cross_matrices(model: ModelSection) -> list[Matrix]:
 
 def _qkv_bias(model: ModelSection) -> bool:
     return model.bias if model.qkv_bias is None else model.qkv_bias
+
+
+def activation_bytes(model: ModelSection, tokens: int, value_bytes: int, recompute: str | int) -> int:
+    """About what a forward pass of so many tokens keeps for the backward pass, without the logits.
+
+    A matrix keeps its input, what follows it its output; attention's scores are not kept (flash attention).
+    Korthikanti et al. 2022, "Reducing Activation Recomputation", count the same: 34 bytes x hidden size a
+    token and block in 16 bits.
+    """
+    matrices, hidden = block_matrices(model), model.hidden_size
+    outputs = sum(matrix.out for matrix in matrices)
+    block = outputs + sum(matrix.in_ for matrix in matrices) + 2 * hidden
+    layers = model.num_layers + (model.decoder_layers if model.family == "encoder_decoder" else 0)
+    if recompute == "none":
+        return tokens * value_bytes * layers * block
+    recomputed = layers if isinstance(recompute, str) else -(-layers // recompute)
+    each = hidden + (outputs if recompute == "selective" else 0)  # its input; one at a time is whole again
+    return tokens * value_bytes * (recomputed * each + (layers - recomputed) * block + block)
+
+
+def logit_bytes(vocab_size: int, tokens: int, value_bytes: int) -> int:
+    """What the loss takes: fp32 logits, their log-probabilities and gradient; in 16 bits, two copies more."""
+    return tokens * vocab_size * (12 + (4 if value_bytes == 2 else 0))
+
+
+MOMENTS = {"SGD": 1, "Lion": 1, "Adagrad": 1}  # fp32 values a parameter that an optimizer keeps; others: 2
+
+
+def checkpoint_bytes(parameters: int, optimizer: str) -> int:
+    """At most what the tensors of a checkpoint take: fp32 weights and moments."""
+    return 4 * parameters * (1 + MOMENTS.get(optimizer, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,12 @@ def note(run_dir: Path, event: str, **details: Any) -> None:
             os.close(handle)
     except OSError:
         pass
+
+
+def tell(run_dir: Path, event: str, line: str, **details: Any) -> None:
+    """`note`, and a line on stderr for whoever watches."""
+    note(run_dir, event, **details)
+    print(f"bigtfm: note: {line}", file=sys.stderr, flush=True)
 
 
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:

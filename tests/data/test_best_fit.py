@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rank_runner
+import signing
 from conftest import TINY, losses
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -188,15 +189,15 @@ def damage_header(folder):
 
 
 def damage_other_data(folder):
-    values = json.loads((folder / HEADER_NAME).read_text())
-    (folder / HEADER_NAME).write_text(json.dumps(values | {"dataset": "0" * 64}))
+    values = signing.read(folder / HEADER_NAME)
+    signing.write(folder / HEADER_NAME, values | {"dataset": "0" * 64})
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (damage_nothing_there, "there is none"),
-        (damage_a_byte, "stops.i64 is damaged: its SHA-256"),
+        (damage_a_byte, "stops.i64: its SHA-256 is"),
         (damage_shorter, "first.i64 is damaged: it has not the size"),
         (damage_header, "plan.json is damaged"),
         (damage_other_data, "made for other data"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import hf_models
 import pytest
+import signing
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -572,9 +573,9 @@ def resigned(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
     state = json.loads((folder / "state.json").read_text())
     change(state["progress"]["identity"])
     (folder / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = signing.read(folder / "manifest.json")
     manifest["files"]["state.json"] = checkpoint.flush_and_hash(folder / "state.json")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    signing.write(folder / "manifest.json", manifest)
 
 
 STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

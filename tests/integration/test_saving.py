@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import rank_runner
+import signing
 import torch
 from conftest import TINY, losses
 from safetensors.torch import load_file, save_file
@@ -144,12 +145,12 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Non
     tensors = load_file(shard)
     edit(tensors)
     save_file(tensors, shard)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = signing.read(folder / "manifest.json")
     manifest["files"][shard.name] = {
         "bytes": shard.stat().st_size,
         "sha256": hashlib.sha256(shard.read_bytes()).hexdigest(),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    signing.write(folder / "manifest.json", manifest)
 
 
 def reverse_embedding(tensors: dict[str, torch.Tensor]) -> None:
@@ -205,12 +206,12 @@ def test_another_mathematics_is_not_blamed_on_the_weights(
     content["probe"]["loss"] *= 1.01
     content["probe"]["setting"]["attention"] = "flash_attn_9"
     state.write_text(json.dumps(content))
-    manifest = json.loads((state.parent / "manifest.json").read_text())
+    manifest = signing.read(state.parent / "manifest.json")
     manifest["files"]["state.json"] = {
         "bytes": state.stat().st_size,
         "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
     }
-    (state.parent / "manifest.json").write_text(json.dumps(manifest))
+    signing.write(state.parent / "manifest.json", manifest)
     finished = saved()
     assert finished.codes == [76, 76], finished.output
     assert "every tensor is as it was saved" in finished.output

@@ -7,19 +7,21 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import many_runs
 import pytest
 import rank_runner
+import signing
 from plain_torch import relative
 from typer.testing import CliRunner
 
 from bigtfm.cli import app
 from bigtfm.config.problems import DataProblem, Problem
 from bigtfm.data.stream_source import BLOCK
-from bigtfm.engine.checkpoint import Progress, flush_and_hash
+from bigtfm.engine.checkpoint import flush_and_hash
 from bigtfm.job import check_job
-from bigtfm.train import batches_of, start_stream
+from bigtfm.run_directory import require_same_on_all
 
 SEQ_LEN, GLOBAL_BATCH = 16, 256
 BATCH = {"train_batch_size": GLOBAL_BATCH, "train_micro_batch_size_per_gpu": 64}
@@ -109,9 +111,9 @@ def test_the_saved_position_is_what_decides(
     if saved != "none":
         state["progress"]["stream"]["position"] += SEQ_LEN
     (found / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((found / "manifest.json").read_text())
+    manifest = signing.read(found / "manifest.json")
     manifest["files"]["state.json"] = flush_and_hash(found / "state.json")
-    (found / "manifest.json").write_text(json.dumps(manifest))
+    signing.write(found / "manifest.json", manifest)
     path, *overrides = job(tmp_path, tiny_data, rows, "forked", "model.dropout=0.1", f"steps={PARTS[-1][0]}")
     done = rank_runner.run(["train", "--deepspeed_config", path, *overrides], tmp_path / "ranks")
     assert "reading from the beginning to sample 6,144" in done.outputs[0]
@@ -184,9 +186,13 @@ def test_what_can_not_be_streamed_is_one_line(
 def test_ranks_that_find_other_files_are_refused(tmp_path: Path, tiny_data: Path, rows: Path) -> None:
     path, *overrides = job(tmp_path, tiny_data, rows, "apart")
     checked = check_job(None, Path(path), overrides, world_size=2)
-    stream = batches_of(checked, "train").stream
     for files in (4, 5):
-        ranks = SimpleNamespace(rank=0, gather=lambda mine, files=files: [mine, {**mine, "files": files}])
-        with pytest.raises(DataProblem, match="not all ranks") if files == 5 else nullcontext():
-            start_stream(checked, stream, Progress(), ranks)
-    stream.close()
+
+        def gather(mine: tuple[str, dict[str, Any]], files: int = files) -> list[Any]:
+            other = json.loads(json.dumps(mine))
+            other[1]["data"]["stream"]["files"] = files
+            return [mine, other]
+
+        said = "rank 1 .* has another data than rank 0: data.stream.files is 5 there, 4 here"
+        with pytest.raises(DataProblem, match=said) if files == 5 else nullcontext():
+            require_same_on_all(checked, SimpleNamespace(rank=0, gather=gather))
