@@ -131,7 +131,9 @@ def _load_folder(path: Path) -> Tokenizer:
     with _library("transformers", path):
         from transformers import AutoTokenizer
 
-        slow_or_fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        slow_or_fast = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
     backend = getattr(slow_or_fast, "backend_tokenizer", None)
     if backend is None:
         raise DataProblem(
