@@ -18,6 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ class Mirror:
         `status` is MLflow's: FINISHED, FAILED or KILLED. Returns the MLflow run id if everything has arrived,
         else None: `sync` sends the rest later.
         """
-        write_json(
-            self._run_dir / "tracking.json", read_json(self._run_dir / "tracking.json") | {"status": status}
-        )
+        target = self._run_dir / "tracking.json"
+        with suppress(OSError):  # a disk that is full or gone has been told
+            write_json(target, read_json(target) | {"status": status})
         return self.run_id() if self.wait(self._seconds if timeout is None else timeout) == 0 else None
 
     def wait(self, timeout: float) -> int:

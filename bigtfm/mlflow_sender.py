@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,9 +213,10 @@ def follow(run_dir: Path, ended: threading.Event) -> int:
         except Exception as error:  # MLflow's stores raise what they like; none of it may stop the mirror
             line = _one_line(error)
             if line != told:
-                print(f"{time.strftime('%F %T')} {line}", flush=True)
-                write_json(run_dir / "mlflow.json", read_json(run_dir / "mlflow.json") | {"error": line})
                 told = line
+                with suppress(OSError):
+                    print(f"{time.strftime('%F %T')} {line}", flush=True)
+                    write_json(run_dir / "mlflow.json", read_json(run_dir / "mlflow.json") | {"error": line})
             if last:
                 return NOT_DONE
             pause, wait = wait, min(2 * wait, _LONGEST_WAIT)

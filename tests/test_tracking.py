@@ -93,6 +93,16 @@ def test_truncate_after_drops_the_rows_past_a_checkpoint(tmp_path: Path) -> None
     assert not path.with_suffix(".tmp").exists()
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, "[]", "{}", '{"step": "x"}', "\x00"])
+def test_a_damaged_line_is_told_when_a_run_resumes(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    log = MetricsLog(path)
+    with pytest.raises(StorageProblem, match=r"metrics\.jsonl: a line is damaged"):
+        log.truncate_after(1)
+    log.close()
+
+
 def test_no_file_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
@@ -316,7 +326,7 @@ def test_training_does_not_wait_for_a_bad_server(
             assert step < 2000, "the server was never asked"
             time.sleep(0.02)
         log.close()
-        assert sorted(taken)[len(taken) * 9 // 10] < 0.05
+        assert sorted(taken)[len(taken) // 2] < 0.001
         assert (
             max(taken) < 1
         )  # a busy machine may stop us for a while; a server that is waited for stops us longer
@@ -326,17 +336,58 @@ def test_training_does_not_wait_for_a_bad_server(
     assert steps(run_dir / "metrics.jsonl") == list(range(1, step + 1))
 
 
-@pytest.mark.slow
-def test_sync_delivers_later_what_a_dead_server_missed(tmp_path: Path, mirror: StartMirror) -> None:
-    run_dir, database = tmp_path / "run", tmp_path / "server.db"
-    with refused() as port:
-        sender = mirror(run_dir, f"http://127.0.0.1:{port}")
-    write_rows(run_dir / "metrics.jsonl", 1, 50)
-    plot_curve(run_dir)
-    assert sender.finish() is None
-    with pytest.raises(StorageProblem, match=f"127.0.0.1:{port}"):
-        sync(run_dir, timeout=0.5)
+class Proxy:
+    """Stands before a server. Its faults can be chosen: pass, refused, hole (never answers), error (500)."""
 
+    def __init__(self, target: int) -> None:
+        self._target, self._mode = target, "refused"
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._listener.close()
+
+    def set(self, mode: str) -> None:
+        """From now on; connections that are open end."""
+        self._mode = mode
+        self._listener.close()
+        for connection in self._open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self._open.clear()
+        if mode != "refused":
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
+
+    def _serve(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                self._open.append(client)
+                if self._mode == "error":
+                    client.recv(65536)
+                    client.sendall(b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    client.close()
+                elif self._mode == "pass":
+                    server = socket.create_connection(("127.0.0.1", self._target))
+                    self._open.append(server)
+                    for pair in ((client, server), (server, client)):
+                        threading.Thread(target=_pump, args=pair, daemon=True).start()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(65536):
+            target.sendall(part)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """A real MLflow server: its port and its database."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with refused() as port:
+        database = folder / "server.db"
     command = [
         "mlflow",
         "server",
@@ -347,23 +398,88 @@ def test_sync_delivers_later_what_a_dead_server_missed(tmp_path: Path, mirror: S
         "--backend-store-uri",
         f"sqlite:///{database}",
     ]
-    with (tmp_path / "server.log").open("w") as output:
-        server = subprocess.Popen(
+    with (folder / "server.log").open("w") as output:
+        process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdout=output,
             stderr=output,
-            cwd=tmp_path,
+            cwd=folder,
             start_new_session=True,
         )
     try:
         wait_for(lambda: answers(port))
-        run_id = sync(run_dir, timeout=120)
+        yield port, database
     finally:
-        server.terminate()
-        server.wait(20)
-    assert stored_steps(database) == list(range(1, 51))
-    assert select(database, "SELECT run_uuid, status FROM runs") == [(run_id, "FINISHED")]
-    assert len(list(tmp_path.rglob(f"{run_id}/artifacts/curve.png"))) == 1
+        process.terminate()
+        process.wait(20)
+
+
+def steps_sent(database: Path, run_id: str | None) -> list[object]:
+    query = f"SELECT step FROM metrics WHERE key = 'loss' AND run_uuid = '{run_id}' ORDER BY step"
+    return [step for (step,) in select(database, query)]
+
+
+@pytest.mark.slow
+def test_sync_delivers_later_what_a_dead_server_missed(
+    tmp_path: Path, mirror: StartMirror, server: tuple[int, Path]
+) -> None:
+    run_dir, (port, database) = tmp_path / "run", server
+    proxy = Proxy(port)
+    sender = mirror(run_dir, f"http://127.0.0.1:{proxy.port}")
+    write_rows(run_dir / "metrics.jsonl", 1, 50)
+    plot_curve(run_dir)
+    assert sender.finish() is None
+    with pytest.raises(StorageProblem, match=f"127.0.0.1:{proxy.port}"):
+        sync(run_dir, timeout=0.5)
+    proxy.set("pass")
+    run_id = sync(run_dir, timeout=120)
+    proxy.set("refused")
+    assert steps_sent(database, run_id) == list(range(1, 51))
+    assert select(database, f"SELECT status FROM runs WHERE run_uuid = '{run_id}'") == [("FINISHED",)]
+    assert len(list(database.parent.rglob(f"{run_id}/artifacts/curve.png"))) == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_hangs_and_breaks_gets_every_row_when_it_is_back(
+    tmp_path: Path, mirror: StartMirror, server: tuple[int, Path]
+) -> None:
+    run_dir, (port, database) = tmp_path / "run", server
+    proxy = Proxy(port)
+    proxy.set("pass")
+    sender = mirror(run_dir, f"http://127.0.0.1:{proxy.port}")
+    log, taken, last = MetricsLog(run_dir / "metrics.jsonl"), [], 0
+
+    def steps_until(condition: Callable[[], bool], least: int) -> int:
+        """Trains on for so many steps at least, until the condition holds."""
+        nonlocal last
+        first = last
+        while last < first + least or not condition():
+            last += 1
+            began = time.perf_counter()
+            log.append({"step": last, "loss": 1.0 / last})
+            taken.append(time.perf_counter() - began)
+            assert last < first + 6000, f"it did not come about: {read_json(run_dir / 'mlflow.json')}"
+            time.sleep(0.02)
+        return last
+
+    def error() -> str:
+        return str(read_json(run_dir / "mlflow.json").get("error"))
+
+    def arrived(step: int) -> bool:
+        return int(read_json(run_dir / "mlflow.json").get("sent_step", 0)) >= step
+
+    steps_until(lambda: arrived(1), 20)
+    for mode, said in (("refused", "Connection refused"), ("hole", ""), ("error", "500")):
+        proxy.set(mode)
+        down = steps_until(lambda said=said: said in error(), 60)
+        proxy.set("pass")
+        steps_until(lambda down=down: arrived(down), 1)
+    log.close()
+    run_id = sender.finish(timeout=60)
+    proxy.set("refused")
+    assert run_id is not None, (run_dir / "logs" / "mlflow.log").read_text()
+    assert steps_sent(database, run_id) == list(range(1, last + 1))
+    assert sorted(taken)[len(taken) // 2] < 0.001
 
 
 def test_the_sender_ends_by_itself_after_training_died(tmp_path: Path, mirror: StartMirror) -> None:

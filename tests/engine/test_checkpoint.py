@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import signing
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigtfm.config.problems import NoCheckpoint
-from bigtfm.engine import checkpoint
+from bigtfm.engine import checkpoint, storage
 
 
 def write(root: Path, step: int, *, value: float = 1.0) -> Path:
@@ -130,6 +131,54 @@ def test_pruning_keeps_the_newest_and_the_best_and_clears_killed_saves(tmp_path:
     checkpoint.prune(tmp_path, checkpoint.Retention(keep=2, keep_every=3), step=4, best_step=1)
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["step-00000001", "step-00000003", "step-00000003.bak", "step-00000004", "step-best"]
+
+
+def test_a_checkpoint_that_is_being_deleted_is_gone_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever reads meanwhile, or after a kill, would take it for a damaged one."""
+    older, newer = write(tmp_path, 9), write(tmp_path, 10)
+    seen: list[Path | None] = []
+    rmtree = shutil.rmtree
+
+    def slow(path: Path, **_: object) -> None:
+        if path.exists():
+            (path / "index.json").unlink()
+            seen.append(checkpoint.newest(tmp_path))
+        rmtree(path, ignore_errors=True)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    storage.remove(newer)
+    assert seen == [older]
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    folder = write(tmp_path, 9)
+    (tmp_path / ".building-step-00000010").symlink_to(folder)
+    checkpoint.prune(tmp_path, checkpoint.Retention(keep=1), step=9, best_step=None)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert checkpoint.defect(folder) is None
+
+
+def test_a_sealed_manifest_says_of_every_byte_that_it_has_changed(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    manifest = folder / "manifest.json"
+    signing.write(manifest, json.loads(manifest.read_bytes()))
+    assert checkpoint.defect(folder) is None
+    sound = manifest.read_bytes()
+    for place in range(len(sound)):
+        manifest.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        assert checkpoint.defect(folder) == "manifest.json is damaged", place
+        manifest.write_bytes(sound[:place])
+        assert checkpoint.defect(folder) == "manifest.json is damaged", place
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0, []), (0.3, [0.3]), (2, [0.5, 1.0, 0.5]), (30, [0.5, 1, 2, 4, 8, 14.5])]
+)
+def test_pauses_double_and_add_up(seconds: float, expected: list[float]) -> None:
+    assert list(storage.pauses(seconds)) == expected
 
 
 def test_only_steps_count_and_by_their_number(tmp_path: Path) -> None:

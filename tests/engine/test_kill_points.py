@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def save_in_a_fork(
         connection = None
         if ranks.world_size == 2:
             connection = meet(line, ranks.rank)
-        forked = ForkedRanks(ranks.launch, ranks.device, ranks.control, ranks.second, connection)
+        forked = ForkedRanks(*[getattr(ranks, field.name) for field in fields(Ranks)], connection)
         points = Points(kill_at, half)
         try:
             writer = saver.Saver(root, engine, forked, None, Retention(1))

@@ -21,6 +21,8 @@ import torch
 from conftest import TINY, losses
 from safetensors.torch import load_file, save_file
 
+from bigtfm.resilience import events
+
 Json = Callable[..., Path]
 pytestmark = pytest.mark.launcher
 
@@ -80,6 +82,8 @@ def test_steps_go_on_while_a_checkpoint_is_written(
         wait_for(building.exists)
         wait_for(lambda: (run_dir / "checkpoints/step-00000002").exists())
         taken = len(losses(run_dir))
+        if asynchronous:  # and that it is too slow is told
+            wait_for(lambda: any(row["event"] == "slow save" for row in events.read(run_dir)))
     finally:
         for rank in ranks:
             rank.kill()

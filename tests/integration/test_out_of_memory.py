@@ -1,0 +1,144 @@
+"""Memory that runs out, under a limit of the system: what is said, and a smaller micro batch with the same loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import rank_runner
+from conftest import TINY, losses
+
+from bigtfm.resilience import out_of_memory
+
+Json = Callable[..., Path]
+MIB = 2**20
+
+
+def little_memory() -> None:
+    """`bigtfm` that gets 100 MiB more than it has when the first forward pass begins."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    forward = DeepSpeedEngine.forward
+
+    def limited(engine: object, *args: object, **kwargs: object) -> object:
+        DeepSpeedEngine.forward = forward
+        [used] = re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(used) + 100 * MIB, resource.RLIM_INFINITY))
+        return forward(engine, *args, **kwargs)
+
+    DeepSpeedEngine.forward = limited
+    rank_runner._bigtfm()
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_smaller_micro_batch_is_asked_for_or_taken(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    """256 windows at once don't fit; without guard.halve_micro_batch a line says so, with it the run goes on."""
+    batch = {"train_batch_size": 512, "train_micro_batch_size_per_gpu": 256}
+    zero = {
+        "stage": 2,
+        "reduce_bucket_size": 10**6,
+    }  # by default DeepSpeed takes 2 GB for it at the first step
+    args = ["train", "--deepspeed_config", str(deepspeed_json(**batch, zero_optimization=zero)), f"data.path={tiny_data}",
+            *TINY, "steps=3", f"run.dir={tmp_path}"]  # fmt: skip
+    told = rank_runner.finish(
+        rank_runner.start([*args, "run.name=told"], tmp_path, 1, program=little_memory), tmp_path
+    )
+    assert told.code == 64, told.output[-2000:]
+    line = next(line for line in told.output.splitlines() if line.startswith("bigtfm: error"))
+    assert re.fullmatch(
+        r"bigtfm: error: rank 0, step 1: out of memory with micro batch 256 of 32 tokens \(about [\d.]+ MiB of "
+        r"activations and 48.0 MiB of logits\): .*can't allocate memory.*\. Fix: use micro batch 128 and "
+        r"accumulation 4 in the DeepSpeed JSON, which give the same loss \(guard.halve_micro_batch=true does so "
+        r"by itself\), or compute.recompute=full",
+        line,
+    ), line
+
+    codes, run_dir = [75], tmp_path / "halved"
+    while codes[-1] == 75 and len(codes) < 6:
+        ranks = rank_runner.start(
+            [*args, "run.name=halved", "guard.halve_micro_batch=true"], tmp_path, 2, program=little_memory
+        )
+        finished = rank_runner.finish(ranks, tmp_path)
+        print(finished.output[-600:])
+        codes.append(max(finished.codes))
+    assert codes[-1] == 0, finished.output[-2000:]
+    size = json.loads((run_dir / "resolved.json").read_text())["micro_batch"]
+    assert size < 256
+    assert json.loads((run_dir / out_of_memory.REMEMBERED).read_text()) == {
+        "stated": 256,
+        "micro_batch": size,
+    }
+    whole = rank_runner.run([*args, "run.name=whole"], tmp_path, 2)
+    assert whole.codes == [0, 0], whole.output
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_counts(error: Exception, is_one: bool) -> None:
+    assert out_of_memory.is_out_of_memory(error) == is_one
+
+
+def told(micro_batch: int, *, halve: bool) -> tuple[int, str]:
+    problem = out_of_memory.problem(
+        MemoryError(), where="rank 3, step 7", micro_batch=micro_batch, accumulation=5, seq_len=2048,
+        activations=3 * 2**30, logits=2**20, halve=halve,
+    )  # fmt: skip
+    return problem.exit_code, problem.line
+
+
+def test_the_lines() -> None:
+    begin = "error: rank 3, step 7: out of memory with micro batch {} of 2048 tokens (about 3.0 GiB of activations "
+    begin += "and 1.0 MiB of logits): MemoryError. Fix: "
+    assert told(6, halve=True) == (
+        75,
+        begin.format(6) + "start the same command again: it goes on with micro batch 3 and accumulation 10",
+    )
+    for halve in (False, True):
+        assert told(1, halve=halve) == (
+            64,
+            begin.format(1)
+            + "a micro batch can't be smaller: use compute.recompute=full, a smaller data.seq_len, a "
+            "higher ZeRO stage or offload",
+        )
+
+
+@pytest.mark.parametrize(("size", "next_one"), [(8, 4), (6, 3), (9, 3), (7, 1), (1, None)])
+def test_the_next_smaller_one_divides_it(size: int, next_one: int | None) -> None:
+    assert out_of_memory.smaller(size) == next_one
+
+
+def test_what_is_remembered_is_of_the_micro_batch_that_is_stated(tmp_path: Path) -> None:
+    assert out_of_memory.remembered(tmp_path, 8) == 8
+    out_of_memory.remember(tmp_path, 8, 2)
+    assert out_of_memory.remembered(tmp_path, 8) == 2
+    assert out_of_memory.remembered(tmp_path, 4) == 4, "the user has changed the JSON since"
+    for text in (
+        "",
+        "[]",
+        '{"stated": 8}',
+        '{"stated": 8, "micro_batch": 3}',
+        '{"stated": 8, "micro_batch": 0}',
+    ):
+        (tmp_path / out_of_memory.REMEMBERED).write_text(text)
+        assert out_of_memory.remembered(tmp_path, 8) == 8
+    assert os.listdir(tmp_path) == [out_of_memory.REMEMBERED]
