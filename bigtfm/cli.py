@@ -132,7 +132,9 @@ def train(
     def trainer(lifeline: Lifeline, changes: dict[str, Any]) -> None:
         from bigtfm.train import train as run
 
-        run(job, launch, lifeline=lifeline)
+        # What has changed stands in the run directory: the micro batch that fits.
+        again = check_job(config, deepspeed_config, overrides or [], launch.world_size) if changes else job
+        run(again, launch, lifeline=lifeline)
 
     raise typer.Exit(supervise(launch, job.run.run_dir, job.run.guard, trainer))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
-import socket
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +18,13 @@ from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import DataSection, ModelSection, ObjectiveSection
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
-from bigtfm.engine import checkpoint, storage
+from bigtfm.engine import checkpoint
 from bigtfm.engine.distributed import Ranks
 from bigtfm.engine.probe import Probe, require_same
 from bigtfm.evaluate import unigram_bits_per_byte
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
-from bigtfm.planner.memory import checkpoint_bytes
-from bigtfm.resilience import events
 
 HUGGING_FACE = "huggingface"  # folder of an imported run: the original config
 
@@ -76,8 +72,8 @@ def refuse_changes(
     """Raises ConfigProblem when a run would go on as another one than was saved, and names every part."""
     parts = [part for part, value in now.items() if saved.get(part) != value and part not in allow]
     if parts:
-        changes = (_first_change(part, saved.get(part), now[part]) for part in parts)
-        said = [f"{name} was {_brief(before)} when this run was saved and is {_brief(value)} now"
+        changes = (first_change(part, saved.get(part), now[part]) for part in parts)
+        said = [f"{name} was {brief(before)} when this run was saved and is {brief(value)} now"
                 for name, before, value in changes]  # fmt: skip
         raise ConfigProblem(
             "; ".join(said),
@@ -86,7 +82,7 @@ def refuse_changes(
         )
 
 
-def _first_change(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+def first_change(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
     """The first value below `name` that differs, with its full name."""
     while isinstance(now, dict) and isinstance(before, dict):
         key = next(key for key in now | before if now.get(key) != before.get(key))
@@ -94,7 +90,7 @@ def _first_change(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
     return name, before, now
 
 
-def _brief(value: Any) -> Any:
+def brief(value: Any) -> Any:
     if value is None:
         return "unset"
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
@@ -134,60 +130,6 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
         undo=f"take the [model] table of {source / 'run.toml'}, and its tokenizer for `bigtfm prepare`",
     )
     return found
-
-
-def require_same_on_all(job: Job, ranks: Ranks) -> None:
-    """Compares what the ranks make of their files: each reads its own machine's.
-
-    Raises:
-        DataProblem: a rank has another data set or tokenizer than rank 0.
-        ConfigProblem: anything else that decides the curve is another there.
-    """
-    mine = identity(job) | {"steps": job.resolved.steps, "micro_batch": job.resolved.micro_batch}
-    (_, first), *others = ranks.gather((socket.gethostname(), mine))
-    for rank, (host, other) in enumerate(others, 1):
-        for part in first:
-            if other[part] != first[part]:
-                name, here, there = _first_change(part, first[part], other[part])
-                kind = DataProblem if part in ("data", "tokenizer") else ConfigProblem
-                raise kind(
-                    f"rank {rank} ({host}) has another {part} than rank 0: {name} is {_brief(there)} there, "
-                    f"{_brief(here)} here",
-                    where=", ".join(job.run.data.paths) if kind is DataProblem else "the ranks' files",
-                    fix="give all machines the same files (a streamed data set by its commit, "
-                    "hf:NAME#COMMIT) and all ranks the same command",
-                )
-
-
-def require_room(job: Job) -> None:
-    """Compares the disk's free bytes with what checkpoints take, before anything is built.
-
-    Raises:
-        StorageProblem: there is not even room for one.
-    """
-    root, options = job.checkpoints, job.run.save
-    for path in checkpoint.leftovers(root):
-        storage.remove(path)
-    there = checkpoint.steps_in(root)
-    free, needed = storage.free_bytes(root), checkpoint_bytes(job.resolved.parameters, job.resolved.optimizer)
-    if free is None or job.resolved.steps in there:
-        return
-    retention = checkpoint.Retention(max(1, options.keep - 1), options.keep_every)
-    spare = checkpoint.surplus(root, retention, max(there, default=0), None)
-    freed = sum(file.stat().st_size for path in spare for file in path.iterdir())
-    if free + freed < needed:
-        raise storage.full(storage.FULL[errno.ENOSPC], root, needed)
-    lacking = max(1, options.keep + 1 - len(there))
-    if free < lacking * needed:
-        events.tell(
-            job.run.run_dir,
-            "little room",
-            f"{root}: {free:,} bytes are free, and save.keep={options.keep} wants {lacking * needed:,} for "
-            f"{lacking} more of {needed:,}: where a save finds no room, checkpoints before the newest are "
-            "deleted before it, not after it",
-            free=free,
-            needed=needed,
-        )
 
 
 def lay_out(job: Job) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import NoCheckpoint, NumericsProblem, Problem
-from bigtfm.data.indexed import HEADER_NAME, Split
+from bigtfm.config.problems import NoCheckpoint, NumericsProblem
+from bigtfm.data.indexed import Split
 from bigtfm.data.loader import Loader, TokenStream
 from bigtfm.data.objectives import make_objective
 from bigtfm.data.order import InOrder, Order, Windows, digest
 from bigtfm.data.prefetch import Prefetcher
 from bigtfm.data.streaming import StreamedTokens
-from bigtfm.data.verification import Verification, large_files, share
+from bigtfm.data.verification import Verification
 from bigtfm.engine import checkpoint, distributed, fragments
 from bigtfm.engine.build import build_engine, local_grad_norm
 from bigtfm.engine.checkpoint import Progress, Retention
@@ -33,21 +32,19 @@ from bigtfm.evaluate import require_labels, validation_loss
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
-from bigtfm.planner.memory import activation_bytes, logit_bytes
+from bigtfm.preflight import (
+    require_room,
+    require_same_on_all,
+    told_when_out_of_memory,
+    verification_of,
+)
 from bigtfm.recorder import Recorder
-from bigtfm.resilience import events, out_of_memory
+from bigtfm.resilience import events
 from bigtfm.resilience.claim import claim
 from bigtfm.resilience.lifeline import Lifeline
 from bigtfm.resilience.numerics import require_finite
 from bigtfm.resilience.signals import stopped
-from bigtfm.run_directory import (
-    identity,
-    lay_out,
-    refuse_changes,
-    require_room,
-    require_same_on_all,
-    starting_point,
-)
+from bigtfm.run_directory import identity, lay_out, refuse_changes, starting_point
 
 
 def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeline | None = None) -> None:
@@ -92,13 +89,13 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     data = json.dumps(progress.identity["data"], sort_keys=True)
     with (
         claimed,
-        told_when_out_of_memory(job, ranks, progress),
         verification_of(job, ranks) as verification,
         Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else nullcontext() as recorder,
         closing(make_saver(job, engine, ranks, probe, progress)) as saver,
         Prefetcher(loader, run.data.workers, pin_memory=True) as reader,
         closing(stream) if stream is not None else nullcontext(),
         lifeline.heeded(),
+        told_when_out_of_memory(job, ranks, progress, lifeline),
     ):
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
@@ -167,54 +164,6 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
         recorder.summary(progress, last_checkpoint)
     if own_ranks:
         ranks.close()
-
-
-@contextmanager
-def told_when_out_of_memory(job: Job, ranks: Ranks, progress: Progress) -> Iterator[None]:
-    """Says which numbers to lower when the block runs out of memory, or has the next start lower them.
-
-    Raises:
-        ConfigProblem: memory ran out.
-        RequeueRequested: it did, and the next start takes a smaller micro batch (guard.halve_micro_batch).
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, Problem) or not out_of_memory.is_out_of_memory(error):
-            raise
-        run, resolved = job.run, job.resolved
-        tokens, size = resolved.micro_batch * resolved.seq_len, 4 if resolved.precision == "fp32" else 2
-        smaller = out_of_memory.smaller(resolved.micro_batch)
-        if run.guard.halve_micro_batch and smaller is not None:
-            out_of_memory.remember(run.run_dir, job.stated_micro_batch, smaller)
-        raise out_of_memory.problem(
-            error,
-            where=f"rank {ranks.rank}, step {progress.step + 1}",
-            micro_batch=resolved.micro_batch,
-            accumulation=resolved.accumulation,
-            seq_len=resolved.seq_len,
-            activations=activation_bytes(run.model, tokens, size, resolved.recompute),
-            logits=logit_bytes(resolved.vocab_size, tokens, size),
-            halve=run.guard.halve_micro_batch,
-        ) from None
-
-
-def verification_of(job: Job, ranks: Ranks) -> Verification:
-    """Reads the large files of the data, in turns with the other ranks: data.verify says when.
-
-    Raises:
-        DataProblem: one is not what it was.
-    """
-    data = job.run.data
-    files = large_files(job.datasets, job.run.seq_len, data.packing) if data.verify != "never" else []
-    seen = [(path / HEADER_NAME).stat() for path in map(Path, data.paths)]
-    places = ranks.gather([(status.st_ino, status.st_mtime_ns) for status in seen])
-    verification = Verification(files[share(places, ranks.rank)])
-    if data.verify == "start":
-        with ranks.together("reading the data"):
-            verification.wait()
-            verification.require_sound()
-    return verification
 
 
 def end_for_storage(saver: Saver, verification: Verification, ranks: Ranks) -> None:

@@ -128,10 +128,10 @@ def test_without_seals_some_damage_would_pass(data: Path, root: Path) -> None:
 
 
 PICKLES = re.compile(
-    r"\bpickle\.loads?\(|torch\.load\(|allow_pickle\s*=\s*True|marshal\.|shelve|\beval\(|\bexec\("
+    r"\bpickle\.loads?\(|torch\.load\(|allow_pickle\s*=\s*True|marshal\.|shelve|(?<!\.)\beval\(|\bexec\("
 )
 ALLOWED = {
-    "engine/deepspeed_files.py": "torch.load(",  # import-deepspeed, guarded: weights_only unless --trust-pickles
+    "engine/deepspeed_files.py": "torch.load(",  # import-deepspeed: weights_only, unless --trust-pickles
     "data/prefetch.py": "pickle.loads(",  # from its own workers, over their pipes
 }
 
@@ -140,7 +140,7 @@ def test_no_code_reads_pickles_but_two_named_places(repository: Path) -> None:
     found = {}
     for path in (repository / "bigtfm").rglob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
-        calls = {m[0] for line in lines for m in PICKLES.finditer(line) if ".eval()" not in line}
+        calls = {m[0] for line in lines for m in PICKLES.finditer(line)}
         if calls:
             found[str(path.relative_to(repository / "bigtfm"))] = calls
     assert found == {name: {call} for name, call in ALLOWED.items()}
@@ -180,9 +180,15 @@ def test_planted_pickles_scripts_and_links_do_nothing(
     (outside / "kept").touch()
     run, bomb = tmp_path / "runs/run", pickle.dumps(Bomb(mark))
     checkpoints = run / "checkpoints"
-    planted = ["latest", "zero_to_fp32.py", "step-00000002/mp_rank_00_model_states.pt", "step-00000002/state.pkl",
-               "step-00000002/pytorch_model.bin", "step-00000003/manifest.json", "step-00000003/state.json",
-               "step-00000003/latest"]  # fmt: skip
+    planted = [
+        "latest",
+        "zero_to_fp32.py",
+        *(
+            f"step-00000002/{name}"
+            for name in ("mp_rank_00_model_states.pt", "state.pkl", "pytorch_model.bin")
+        ),
+        *(f"step-00000003/{name}" for name in ("manifest.json", "state.json", "latest")),
+    ]
     places = [checkpoints / name for name in planted]
     places += [run / name for name in ("micro_batch.json", "mlflow.json", "tracking.json", "events.jsonl")]
     places += [run / ".lock", run / "tokenizer/tokenizer.pkl", data / "tokenizer/tokenizer.pkl"]

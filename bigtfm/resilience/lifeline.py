@@ -50,6 +50,11 @@ class Lifeline:
         self._said = False
         self.stop = StopRequest(page)
 
+    @property
+    def supervised(self) -> bool:
+        """Whether there is somebody to start the ranks again."""
+        return self._lines is not None
+
     def meet(self, from_first: Callable[[Any], Any]) -> None:
         """Tells the supervisors of all ranks where rank 0's listens; a collective of all trainers."""
         if self._lines is not None:

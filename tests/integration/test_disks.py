@@ -59,7 +59,7 @@ def last_line(output: str) -> str:
 
 
 def test_a_full_disk(tmp_path: Path, disk: Path, tiny_data: Path, deepspeed_json: Json) -> None:
-    """The first checkpoint fits, the second does not; with more room the run goes on as if nothing had been."""
+    """The first checkpoint fits, the second does not; with more room the run goes on as if nothing was."""
     args = command(tiny_data, deepspeed_json(stage=2), disk, *ONE_FITS, "save.retry_seconds=1")
     finished = rank_runner.run(args, tmp_path / "a")
     assert finished.code == 74, finished.output
@@ -69,8 +69,8 @@ def test_a_full_disk(tmp_path: Path, disk: Path, tiny_data: Path, deepspeed_json
     start = f"bigtfm: error: {run_dir}/checkpoints: the disk is full: a checkpoint needs "
     assert said.startswith(start), said
     assert said.endswith(
-        "are free. Fix: free space there, lower save.keep or give the run another run.dir; then start the same "
-        "command again: it resumes"
+        "are free. Fix: free space there, lower save.keep or give the run another run.dir; then start the "
+        "same command again: it resumes"
     )
     numbers = [int(word.replace(",", "")) for word in said.removeprefix(start).split() if word[0].isdigit()]
     assert numbers[0] > numbers[1] > 0
@@ -160,11 +160,8 @@ def test_failures_that_pass_are_outlived_and_one_that_stays_ends_the_run(
 
 def _fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"\0" * 4096)
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+        with pytest.raises(OSError, match="No space left"):
+            list(iter(lambda: file.write(b"\0" * 4096), 0))
 
 
 def flaky_disk() -> None:
@@ -221,10 +218,14 @@ def test_rows_that_never_find_their_file_end_the_run(seconds: float, tmp_path: P
     log = MetricsLog(path, retry_seconds=seconds)
     shutil.rmtree(path.parent)
     began = time.monotonic()
-    with pytest.raises(StorageProblem, match=r"metrics\.jsonl: can't be written: No such file or directory"):
-        for step in range(100):
+
+    def train() -> None:
+        for step in range(200):
             log.append({"step": step})
             time.sleep(0.01)
+
+    with pytest.raises(StorageProblem, match=r"metrics\.jsonl: can't be written: No such file or directory"):
+        train()
     assert time.monotonic() - began >= seconds
     log.close()
     assert not path.parent.exists()

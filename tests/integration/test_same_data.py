@@ -48,8 +48,8 @@ def test_a_rank_with_less_data_is_named(
     line = next(line for line in finished.output.splitlines() if line.startswith("bigtfm: error"))
     assert line == (
         f"bigtfm: error: data: rank 1 ({socket.gethostname()}) has another data than rank 0: data.sha256 is "
-        f"{ids[1]}... there, {ids[0]}... here. Fix: give all machines the same files (a streamed data set by its "
-        "commit, hf:NAME#COMMIT) and all ranks the same command"
+        f"{ids[1]}... there, {ids[0]}... here. Fix: give all machines the same files (a streamed data set by "
+        "its commit, hf:NAME#COMMIT) and all ranks the same command"
     )
     assert not (tmp_path / "run/metrics.jsonl").exists()
 

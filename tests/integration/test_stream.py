@@ -21,7 +21,7 @@ from bigtfm.config.problems import DataProblem, Problem
 from bigtfm.data.stream_source import BLOCK
 from bigtfm.engine.checkpoint import flush_and_hash
 from bigtfm.job import check_job
-from bigtfm.run_directory import require_same_on_all
+from bigtfm.preflight import require_same_on_all
 
 SEQ_LEN, GLOBAL_BATCH = 16, 256
 BATCH = {"train_batch_size": GLOBAL_BATCH, "train_micro_batch_size_per_gpu": 64}
