@@ -1,4 +1,4 @@
-"""Memory that runs out under a limit of the system: what is said, and a smaller micro batch, the same loss."""
+"""Memory that runs out under a limit of the system: what is said, and a smaller micro batch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def little_memory() -> None:
 def test_a_smaller_micro_batch_is_asked_for_or_taken(
     tmp_path: Path, tiny_data: Path, deepspeed_json: Json
 ) -> None:
-    """256 windows at once don't fit. A line says so; with guard.halve_micro_batch the run goes on by itself."""
+    """256 windows at once don't fit. A line says so; or, with guard.halve_micro_batch, the run goes on."""
     batch = {"train_batch_size": 512, "train_micro_batch_size_per_gpu": 256}
     zero = {
         "stage": 2,

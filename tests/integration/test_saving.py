@@ -97,7 +97,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_loses_nothing(
 ) -> None:
     args = command(tiny_data, deepspeed_json(stage=2), "save.every=2")
     assert rank_runner.run([*args, "steps=2"], tmp_path, 2).codes == [0, 0]
-    ranks = rank_runner.start([*args, "steps=100"], tmp_path, 2, program=small_disk)
+    ranks = rank_runner.start([*args, "steps=100", "save.retry_seconds=0"], tmp_path, 2, program=small_disk)
     finished = rank_runner.finish(ranks, tmp_path)
     assert finished.codes == [74, 74], finished.output
     assert "writing" in finished.output
