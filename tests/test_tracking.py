@@ -349,8 +349,7 @@ class Proxy:
     def set(self, mode: str) -> None:
         """From now on; connections that are open end."""
         self._mode = mode
-        self._listener.close()
-        for connection in self._open:
+        for connection in [self._listener, *self._open]:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
