@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import rank_runner
 import signing
+import torch
 from conftest import TINY
 
 from bigtfm.cli import app
+from bigtfm.config.problems import known_cause
 
 CONFIG, DATA, STORAGE, NO_CHECKPOINT = 64, 65, 74, 76
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -325,7 +327,7 @@ def test_broken_headers(run: Run, job: list[str], tiny_data: Path, tmp_path: Pat
     change, piece = _headers()[name]
     shutil.copytree(tiny_data, tmp_path / "data")
     header = change(signing.read(tiny_data / "dataset.json"))
-    signing.write(tmp_path / "data" / "dataset.json", header)
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(header))  # some are no objects, none is sealed
     assert_one_line(run("check", *job, "data.path=data"), DATA, piece)
 
 
@@ -550,10 +552,19 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_new_one(
 
 
 @pytest.mark.launcher
-def test_no_memory_is_one_line(resume: Callable[..., rank_runner.Finished]) -> None:
+def test_a_model_beyond_any_disk_is_one_line(resume: Callable[..., rank_runner.Finished]) -> None:
     finished = resume("steps=3", "run.name=large", "model.hidden_size=1000000000")
-    assert (finished.code, len(_errors(finished))) == (CONFIG, 1), finished.output
-    assert "out of memory" in finished.output
+    assert (finished.code, len(_errors(finished))) == (STORAGE, 1), finished.output
+    assert "the disk is full: a checkpoint needs 288,0" in finished.output
+
+
+def test_a_model_that_memory_can_not_hold_has_a_known_cause() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    problem = known_cause(caught.value)
+    assert problem is not None
+    assert problem.exit_code == CONFIG
+    assert problem.what.startswith("out of memory")
 
 
 @pytest.mark.launcher

@@ -154,10 +154,10 @@ def test_failures_that_pass_are_outlived_and_one_that_stays_ends_the_run(
             rank.join()
     output = (tmp_path / "rank-0.out").read_text()
     assert ranks[0].exitcode == 74, output[-2000:]
-    row = f"{run_dir}/metrics.jsonl: can't be written: No such file or directory. Fix: free space or correct the "
-    row += "permissions, then resume"
-    save = f"{root}: it has been deleted or moved, or its disk is gone, while a training was at work there. Fix: "
-    save += "bring it back, then start the same command again: it resumes from what is in it"
+    row = f"{run_dir}/metrics.jsonl: can't be written: No such file or directory. Fix: free space or correct "
+    row += "the permissions, then resume"
+    save = f"{root}: it has been deleted or moved, or its disk is gone, while a training was at work there. "
+    save += "Fix: bring it back, then start the same command again: it resumes from what is in it"
     assert last_line(output) in (f"bigtfm: error: {row}", f"bigtfm: error: {save}")  # what was tried first
     assert not run_dir.exists()  # nor half of it made again
 
