@@ -339,3 +339,12 @@ def test_a_refused_second_start_leaves_the_first_one_alone(
     finally:
         ranks[0].kill()
         ranks[0].join()
+
+
+def test_one_process_may_train_a_run_directory_twice(
+    tmp_path: Path, tiny_data: Path, deepspeed_json: Json
+) -> None:
+    job = [str(deepspeed_json()), f"data.path={tiny_data}", f"run.dir={tmp_path}", "run.name=run", *TINY]
+    finished = rank_runner.train_all([[*job, "steps=2"], [*job, "steps=4"]], tmp_path / "ranks", 1)
+    assert finished.codes == [0], finished.output
+    assert len(losses(tmp_path / "run")) == 4
