@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from pathlib import Path
 from chaos import job, processes
 from chaos.job import RANKS
 
-GONE = 10.0  # seconds that a job has to be gone after a kill
 PATIENCE = 120.0  # seconds in which a moment must come, or a job end
 PHASES = {"resume": 0.1, "save": 0.006, "write": 0.03, "evaluate": 0.06}  # marks.py; seconds that they take
 VICTIMS = {
@@ -73,14 +73,16 @@ def attempt(
     args: Sequence[str],
     plan: Plan | None,
     life: float,
+    gone: float,
     environ: Mapping[str, str] | None = None,
 ) -> Attempt:
     """Starts `bigtfm ARGS` on all ranks and kills what is planned; nothing of it is left behind.
 
-    plan: None lets it come to its end. life: seconds over which "any" moment is spread.
+    plan: None lets it come to its end. life: seconds over which "any" moment is spread. gone: seconds that
+        all its processes have to be gone in.
     """
     if plan is not None and plan.victim == "launcher":
-        return _through_launcher(out, args, plan)
+        return _through_launcher(out, args, plan, gone)
     servers = job.servers()
     began = time.monotonic()
     ranks = job.start(args, out, environ)
@@ -97,7 +99,7 @@ def attempt(
     random.Random(str(plan)).shuffle(done.killed)
     processes.kill(done.killed)
     done.seconds = time.monotonic() - began
-    _end(done, servers)
+    _end(done, servers, gone)
     for rank in ranks:
         rank.join()
     done.codes = [rank.exitcode or 0 for rank in ranks]
@@ -151,10 +153,10 @@ def _victims(plan: Plan, ranks: Sequence[int], servers: set[int], alive: Callabl
     return trainer[:1] if plan.victim == "trainer" and trainer else [rank]
 
 
-def _end(done: Attempt, servers: set[int]) -> None:
+def _end(done: Attempt, servers: set[int], seconds: float) -> None:
     """Waits until no process of the job is left; ends and names those that are left then."""
     killed_at = time.monotonic()
-    left = processes.wait_until_gone(servers, GONE)
+    left = processes.wait_until_gone(servers, seconds)
     done.gone = time.monotonic() - killed_at
     done.orphans = [f"{process.pid} ({process.state}) {process.command}" for process in left]
     while left:
@@ -174,7 +176,7 @@ def _read_marks(done: Attempt, text: str) -> None:
     done.inside += [phase for phase in open_phases if phase not in done.inside]
 
 
-def _through_launcher(out: Path, args: Sequence[str], plan: Plan) -> Attempt:
+def _through_launcher(out: Path, args: Sequence[str], plan: Plan, gone: float) -> Attempt:
     """The `deepspeed` process is killed: one third of the times at its start, else while its ranks train."""
     servers = job.servers()
     began = time.monotonic()
@@ -194,7 +196,9 @@ def _through_launcher(out: Path, args: Sequence[str], plan: Plan) -> Attempt:
         done.killed = [launcher.pid] if alive() else []
     processes.kill(done.killed)
     done.seconds = time.monotonic() - began
-    _end(done, servers)
+    _end(done, servers, gone)
     done.codes = [launcher.wait()]
     done.output = (out / "launcher.out").read_text(errors="replace")
+    if found := re.findall(r"resuming .* after step (\d+)", done.output):
+        done.resumed = int(found[-1])
     return done

@@ -30,6 +30,7 @@ class Layout:
     stage: int
     precision: str = "fp32"
     workers: int = 0  # processes of a rank that read the data
+    schedule: bool = True  # of the lr, over STEPS
 
     @property
     def name(self) -> str:
@@ -57,10 +58,12 @@ def deepspeed_json(folder: Path, layout: Layout) -> Path:
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1}},
-        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 20, "total_num_steps": STEPS}},
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": layout.stage},
     }
+    if layout.schedule:
+        params = {"warmup_num_steps": 20, "total_num_steps": STEPS}
+        content["scheduler"] = {"type": "WarmupCosineLR", "params": params}
     if layout.precision == "bf16":
         content["bf16"] = {"enabled": True}
     path = folder / f"{layout.name}.json"
@@ -68,13 +71,13 @@ def deepspeed_json(folder: Path, layout: Layout) -> Path:
     return path
 
 
-def arguments(folder: Path, layout: Layout, name: str, *overrides: str) -> list[str]:
-    """Of `bigtfm train`, for a run folder/runs/NAME on the data in folder/data."""
+def arguments(folder: Path, data: Path, layout: Layout, name: str, *overrides: str) -> list[str]:
+    """Of `bigtfm train`, for a run folder/runs/NAME."""
     return [
-        "train", "--deepspeed_config", str(deepspeed_json(folder, layout)), *TINY,
-        f"data.path={make_data(folder / 'data')}", f"data.workers={layout.workers}", "model.dropout=0.1",
-        f"run.dir={folder / 'runs'}", f"run.name={name}", f"eval.every={EVALUATE_EVERY}", "eval.tokens=256",
-        f"save.every={SAVE_EVERY}", "save.keep=3", *overrides,
+        "train", "--deepspeed_config", str(deepspeed_json(folder, layout)), *TINY, f"data.path={data}",
+        f"data.workers={layout.workers}", "model.dropout=0.1", f"run.dir={folder / 'runs'}",
+        f"run.name={name}", f"eval.every={EVALUATE_EVERY}", "eval.tokens=256", f"save.every={SAVE_EVERY}",
+        "save.keep=3", *overrides,
     ]  # fmt: skip
 
 

@@ -22,6 +22,16 @@ from chaos.reference import Reference, differing_files, differing_rows, referenc
 MARGIN = 2.0  # seconds of training over which "any" moment is spread, beside the start-up
 
 
+@dataclass(frozen=True)
+class Settings:
+    """kills: to be spent. gone: seconds that a job has to be gone after one. broken: of marks.py, for controls."""
+
+    kills: int
+    seed: int = 1
+    gone: float = 10.0
+    broken: str = ""
+
+
 @dataclass
 class Kill:
     """A row of kills.jsonl: a start that was killed. Steps are optimizer steps, times seconds."""
@@ -52,10 +62,10 @@ class End:
 Row = Kill | End
 
 
-def campaign(out: Path, kills: int, seed: int, broken: str = "") -> Iterator[Row]:
-    """Goes on in `out` until so many kills are in its kills.jsonl and the last run is at its end.
+def campaign(out: Path, settings: Settings) -> Iterator[Row]:
+    """Goes on in `out` until all kills are in its kills.jsonl and the last run is at its end.
 
-    Yields each row when it is done, first those that were there already. broken: of marks.py, for controls.
+    Yields each row when it is done, first those that were there already.
     """
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -66,11 +76,11 @@ def campaign(out: Path, kills: int, seed: int, broken: str = "") -> Iterator[Row
     while True:
         run = rows[-1].run if rows else 0
         if rows and isinstance(rows[-1], End):
-            if count(rows) >= kills:
+            if count(rows) >= settings.kills:
                 return
             run += 1
         reference = reference_of(out, LAYOUTS[run % len(LAYOUTS)])
-        row = _start(out, run, reference, rows, kills, seed, broken)
+        row = _start(out, run, reference, rows, settings)
         with (out / "kills.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": type(row).__name__} | asdict(row)) + "\n")
         rows.append(row)
@@ -96,18 +106,19 @@ def read_rows(out: Path) -> list[Row]:
 
 
 def _start(
-    out: Path, run: int, reference: Reference, rows: Sequence[Row], kills: int, seed: int, broken: str
+    out: Path, run: int, reference: Reference, rows: Sequence[Row], settings: Settings
 ) -> Row:
     """One start of a run: to its kill, or to its end when the kills are spent or come too late."""
     name, number = f"run-{run:03d}", count(rows)
     before = [row for row in rows if row.run == run and isinstance(row, Kill)]
-    planned = _fitting(plan(seed, number), reference) if number < kills else None
+    planned = _fitting(plan(settings.seed, number), reference) if number < settings.kills else None
     done = attempt(
         out,
-        job.arguments(out, reference.layout, name),
+        job.arguments(out, job.make_data(out / "data"), reference.layout, name),
         planned,
         reference.start_seconds + MARGIN,
-        {BROKEN: broken} if broken else None,
+        settings.gone,
+        {BROKEN: settings.broken} if settings.broken else None,
     )
     found = rows_of(out / "runs" / name)
     wrong = [*_of_the_resume(done, before), *differing_rows(found, reference.rows)]

@@ -30,7 +30,7 @@ def reference_of(out: Path, layout: Layout) -> Reference:
     name = f"reference-{layout.name}"
     run_dir = out / "runs" / name
     if not (run_dir / "seconds.json").exists():
-        done = attempt(out, job.arguments(out, layout, name), None, 0.0)
+        done = attempt(out, job.arguments(out, job.make_data(out / "data"), layout, name), None, 0.0, 10.0)
         assert done.codes == [0] * job.RANKS, done.output
         rows = list(rows_of(run_dir).values())
         seconds = done.seconds - (rows[-1]["time"] - rows[0]["time"])
