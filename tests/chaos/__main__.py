@@ -15,15 +15,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def main() -> int:
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    killing = commands.add_parser("kills", help="kill a training again and again, and compare what comes of it")
+    killing = commands.add_parser(
+        "kills", help="kill a training again and again, and compare what comes of it"
+    )
     killing.add_argument("out", type=Path, help="folder; a campaign that is there already goes on")
     killing.add_argument("-n", type=int, default=40, help="kills")
     killing.add_argument("--seed", type=int, default=1, help="of what is killed, and when")
-    killing.add_argument("--gone", type=float, default=10.0, help="seconds that a job has to be gone after a kill")
-    killing.add_argument("--broken", default="", help="break the resume, for the campaign to find it (marks.py)")
+    killing.add_argument(
+        "--gone", type=float, default=10.0, help="seconds that a job has to be gone after a kill"
+    )
+    killing.add_argument(
+        "--broken", default="", help="break the resume, for the campaign to find it (marks.py)"
+    )
     meeting = commands.add_parser("faults", help="have bigtfm and raw DeepSpeed meet the table's faults")
     meeting.add_argument("out", type=Path, help="folder; what is in its faults.json already is replaced")
-    meeting.add_argument("names", nargs="*", metavar="FAULT", help=f"default: all of {', '.join(faults.FAULTS)}")
+    meeting.add_argument(
+        "names", nargs="*", metavar="FAULT", help=f"default: all of {', '.join(faults.FAULTS)}"
+    )
     meeting.add_argument("--side", choices=("bigtfm", "raw"), help="default: both")
     options = parser.parse_args()
     if options.command == "faults":
@@ -38,7 +46,12 @@ def run_faults(out: Path, names: list[str], sides: list[str]) -> int:
     for name, side, seen in faults.meet(out, names, sides):
         mark = "ok " if seen.well else "NOT"
         said = f"{mark} {name:24} {side:7} {seen.what}" + (f"; exit code {seen.code}" if seen.code else "")
-        console.print(said + (f"\n      {seen.line}" if seen.line else ""), markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            said + (f"\n      {seen.line}" if seen.line else ""),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         kept = kept and (seen.well or side == "raw")
     return 0 if kept else 1
 

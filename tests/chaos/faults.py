@@ -22,7 +22,7 @@ from chaos import job, processes
 from chaos.sides import Ended, Options, Side
 
 CAP = 60.0  # seconds after which nobody waits any longer for raw DeepSpeed to notice
-KILLS = 20  # while saving
+KILLS = 40  # while saving
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def _line(ended: Ended) -> str:
     """bigtfm's line; else the last line that names an exception."""
     if ended.lines:
         return ended.lines[0]
-    raised = re.findall(r"^(?:\[rank\d\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", ended.output, re.MULTILINE)
+    raised = re.findall(
+        r"^(?:\[rank\d\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", ended.output, re.MULTILINE
+    )
     return str(raised[-1])[:160] if raised else ""
 
 
@@ -83,7 +85,9 @@ def _after_a_resume(side: Side, before: int, ended: Ended, whole: Mapping[int, s
     notes = [text for text in ended.output.splitlines() if "note: passed over" in text]
     differ = _differing(side, whole)
     what = f"goes on from step {start} of {before}"
-    what += ", losses equal to the bit" if not differ else f", {differ} of {len(whole)} losses differ, in silence"
+    what += (
+        ", losses equal to the bit" if not differ else f", {differ} of {len(whole)} losses differ, in silence"
+    )
     if start == 0:
         what = f"starts anew at step 0 of {before}, in silence"
     return Seen(not differ and start > 0, what, notes[0] if notes else line, code)
@@ -98,7 +102,7 @@ def _went_on_from(ended: Ended) -> int:
 
 
 def kill_while_saving(side: Side) -> Seen:
-    """A save at every step; all ranks are killed at a random moment about the next save, again and again."""
+    """A save at every step; a rank, or both, are killed at a random moment of a step, again and again."""
     draw, reached, failed, from_zero = random.Random(7), 0, 0, 0
     options = Options(steps=400, save_every=1)
     whole = _whole(side, options)
@@ -107,7 +111,8 @@ def kill_while_saving(side: Side) -> Seen:
         ranks = side.start(options)
         came = side.wait_for_step(reached + 2, ranks)
         time.sleep(draw.uniform(0, 0.05))
-        processes.kill([rank.pid or 0 for rank in ranks])
+        victims = draw.choice((ranks[:1], ranks[1:], ranks))
+        processes.kill([process for rank in victims for process in _of_rank(rank.pid or 0)])
         ended = side.finish(ranks, 10)
         if not came:
             failed += 1
@@ -117,8 +122,14 @@ def kill_while_saving(side: Side) -> Seen:
             from_zero += 1
         reached = min(max(side.newest(), 0), options.steps - 10)
     differ = _differing(side, whole)
-    what = f"{KILLS} kills: {failed} resumes fail, {from_zero} start at step 0, {differ} of {side.reached()} losses differ"
+    resumes = f"{failed} resumes fail, {from_zero} start at step 0"
+    what = f"{KILLS} kills: {resumes}, {differ} of {side.reached()} losses differ"
     return Seen(not failed and not from_zero and not differ, what, line)
+
+
+def _of_rank(pid: int) -> list[int]:
+    """A rank's supervisor, where it has one, and its trainer."""
+    return [pid, *(process.pid for process in processes.children(pid))]
 
 
 def _repair(side: Side) -> None:
@@ -137,7 +148,9 @@ def kill_one_rank(side: Side) -> Seen:
     side.wait_for_step(12, ranks)
     processes.kill([process.pid for process in processes.children(ranks[1].pid or 0)] or [ranks[1].pid or 0])
     ended = side.finish(ranks, CAP)
-    told = "one line" if len(ended.lines) == 1 else f"{len(ended.lines)} lines" if ended.lines else "a traceback"
+    told = (
+        "one line" if len(ended.lines) == 1 else f"{len(ended.lines)} lines" if ended.lines else "a traceback"
+    )
     what = f"all gone after {ended.seconds:.1f} s, {told}"
     return Seen(len(ended.lines) == 1 and not ended.left, what, _line(ended), _codes(ended))
 
@@ -162,7 +175,8 @@ def _signal_to_launcher(number: int) -> Callable[[Side], Seen]:
             what = f"{kind}{len(left)} processes train on as orphans: {trained} more steps in 20 s"
             return Seen(False, what, _line(ended), code)
         saved = side.newest()
-        what = f"all gone after {seconds:.1f} s; the last step is {'' if saved == side.reached() else 'not '}saved"
+        what = f"all gone after {seconds:.1f} s; the last step is {'' if saved == side.reached() else 'not '}"
+        what += "saved"
         return Seen(saved == side.reached(), what, _line(ended), code)
 
     return meet
@@ -285,7 +299,9 @@ def stopped_rank(side: Side) -> Seen:
     if ended.left:
         return Seen(False, f"silence for {CAP:.0f} s; ended by hand", _line(ended), _codes(ended))
     named = "rank 1" in " ".join(ended.lines)
-    what = f"all gone after {ended.seconds:.0f} s (guard.hang_seconds=20), rank 1 {'' if named else 'not '}named"
+    what = (
+        f"all gone after {ended.seconds:.0f} s (guard.hang_seconds=20), rank 1 {'' if named else 'not '}named"
+    )
     return Seen(named and len(ended.lines) == 1, what, _line(ended), _codes(ended))
 
 
@@ -348,8 +364,12 @@ def second_start(side: Side) -> Seen:
     ended = side.finish(ranks, 5.0)
     ended.codes, ended.output = list(codes), text
     if not refused:
-        return Seen(False, "both train and write the same checkpoints, in silence", _line(ended), _codes(ended))
-    return Seen(first_lives and bool(ended.lines), "refused; the first one trains on", _line(ended), _codes(ended))
+        return Seen(
+            False, "both train and write the same checkpoints, in silence", _line(ended), _codes(ended)
+        )
+    return Seen(
+        first_lives and bool(ended.lines), "refused; the first one trains on", _line(ended), _codes(ended)
+    )
 
 
 @contextmanager
@@ -363,7 +383,9 @@ def _nothing_left() -> Iterator[None]:
 
 
 FAULTS: dict[str, Fault] = {
-    "kill-saving": Fault(f"`kill -9` of all ranks while every step is saved, {KILLS} times", kill_while_saving),
+    "kill-saving": Fault(
+        f"`kill -9` of a rank or of both while every step is saved, {KILLS} times", kill_while_saving
+    ),
     "kill-rank": Fault("`kill -9` of one rank", kill_one_rank),
     "term-launcher": Fault("SIGTERM to the `deepspeed` launcher", _signal_to_launcher(signal.SIGTERM)),
     "usr1-launcher": Fault("SIGUSR1 to the `deepspeed` launcher", _signal_to_launcher(signal.SIGUSR1)),

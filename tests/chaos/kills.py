@@ -24,7 +24,7 @@ MARGIN = 2.0  # seconds of training over which "any" moment is spread, beside th
 
 @dataclass(frozen=True)
 class Settings:
-    """kills: to be spent. gone: seconds that a job has to be gone after one. broken: of marks.py, for controls."""
+    """kills: to be spent. gone: seconds in which a job has to be gone. broken: of marks.py, for controls."""
 
     kills: int
     seed: int = 1
@@ -105,9 +105,7 @@ def read_rows(out: Path) -> list[Row]:
     return rows
 
 
-def _start(
-    out: Path, run: int, reference: Reference, rows: Sequence[Row], settings: Settings
-) -> Row:
+def _start(out: Path, run: int, reference: Reference, rows: Sequence[Row], settings: Settings) -> Row:
     """One start of a run: to its kill, or to its end when the kills are spent or come too late."""
     name, number = f"run-{run:03d}", count(rows)
     before = [row for row in rows if row.run == run and isinstance(row, Kill)]
@@ -164,5 +162,5 @@ def _of_the_telling(done: Attempt, planned: Plan) -> list[str]:
     wrong = ["a traceback"] if "Traceback" in done.output else []
     expected = 0 if planned.victim == "all" else 1
     if planned.victim != "launcher" and len(done.lines) != expected:
-        wrong.append(f"{len(done.lines)} lines instead of {expected}: {' | '.join(done.lines)}")
+        wrong.append(f"{len(done.lines)} lines about its end, not {expected}: {' | '.join(done.lines)}")
     return wrong

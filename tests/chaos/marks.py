@@ -47,8 +47,8 @@ def marked() -> None:
     bigtfm.train.validation_loss = phase("evaluate", bigtfm.train.validation_loss)
     Saver.save = phase("save", Saver.save)
     Saver._write = phase("write", Saver._write)
-    if broken := os.environ.get(BROKEN):
-        _break(broken)
+    for name in filter(None, os.environ.get(BROKEN, "").split(",")):
+        _break(name)
     rank_runner._bigtfm()
 
 

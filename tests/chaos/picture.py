@@ -23,7 +23,7 @@ COLORS = {
 
 
 def draw(rows: Sequence[Row], lost: Mapping[int, int], path: Path, title: str) -> None:
-    """Above, the step over time, a mark at every kill; below, steps computed again and seconds until all is gone."""
+    """Above, the step over time, a mark a kill; below, steps computed again and seconds until all is gone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,22 +38,37 @@ def draw(rows: Sequence[Row], lost: Mapping[int, int], path: Path, title: str) -
         if not mine:
             continue
         times = [at for at, _ in mine]
-        style: dict[str, Any] = {"color": color, "linestyle": "", "marker": "o", "markersize": 4.5, "zorder": 3}
-        climb.plot(times, [kill.reached for _, kill in mine], label=f"{victim} ({len(mine)})", **style)
+        style: dict[str, Any] = {
+            "color": color,
+            "linestyle": "",
+            "marker": "o",
+            "markersize": 4.5,
+            "zorder": 3,
+        }
+        climb.plot(times, [kill.reached for _, kill in mine], label=f"{victim} killed ({len(mine)})", **style)
         paid = [(at, lost[kill.kill]) for at, kill in mine if kill.kill in lost]
         again.vlines([at for at, _ in paid], 0, [steps for _, steps in paid], color=color, linewidth=1.6)
         again.plot([at for at, _ in paid], [steps for _, steps in paid], **style | {"markersize": 3})
         gone.plot(times, [kill.attempt.gone for _, kill in mine], **style | {"markersize": 3.5})
     again.axhline(SAVE_EVERY, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    again.annotate("a save interval", (1, SAVE_EVERY), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=INK)
+    again.annotate(
+        "a save interval",
+        (1, SAVE_EVERY),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color=INK,
+    )
     gone.axhline(10, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     gone.set_yscale("log")
     climb.set_ylabel("optimizer step")
     again.set_ylabel("steps\nagain")
     gone.set_ylabel("seconds\nuntil gone")
     gone.set_xlabel("seconds of the campaign")
-    climb.set_title(title.partition(": ")[0], loc="left", fontsize=13, fontweight="bold", color=INK)
-    climb.set_title(title.partition(": ")[2].replace("; ", "\n"), loc="right", fontsize=8, color=INK)
+    headline, _, details = title.partition(": ")
+    figure.suptitle(headline, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
+    climb.set_title(details, loc="left", fontsize=9, color=INK)
     for axes in (climb, again, gone):
         axes.grid(color=GRID, linewidth=0.7, axis="y")
         axes.set_axisbelow(True)
@@ -63,7 +78,12 @@ def draw(rows: Sequence[Row], lost: Mapping[int, int], path: Path, title: str) -
         axes.set_xlim(0, max(clock, default=1.0) * 1.005)
     again.set_ylim(bottom=0)
     if kills:
-        figure.legend(*climb.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, title="killed")
+        figure.legend(
+            *climb.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=7,
+            frameon=False,
+        )
     figure.align_ylabels()
     figure.savefig(path, format="png")
 
@@ -86,7 +106,9 @@ def _climb(axes: Any, rows: Sequence[Row]) -> None:
         if row.attempt.resumed is not None:
             reached = row.reached if isinstance(row, Kill) else STEPS
             axes.plot([begin, end], [row.attempt.resumed, reached], color=CLIMB, linewidth=1.3, zorder=2)
-            axes.fill_between([begin, end], [row.attempt.resumed, reached], color=CLIMB, alpha=0.18, linewidth=0)
+            axes.fill_between(
+                [begin, end], [row.attempt.resumed, reached], color=CLIMB, alpha=0.18, linewidth=0
+            )
         if isinstance(row, End):
             axes.plot([end], [STEPS], marker="*", markersize=12, color=INK, zorder=4, linestyle="")
         last = number + 1 == len(rows) or rows[number + 1].run != row.run
@@ -95,5 +117,7 @@ def _climb(axes: Any, rows: Sequence[Row]) -> None:
             first = next(n for n, other in enumerate(rows) if other.run == row.run)
             left = ends[first] - rows[first].attempt.seconds
             axes.axvspan(left, begin, color=BANDS[row.run % 2], zorder=0, linewidth=0)
-            axes.annotate(row.layout, ((left + begin) / 2, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7, color="#777777")
-    axes.set_ylim(0, STEPS * 1.08)
+            middle = ((left + begin) / 2, 0.99)
+            style = {"ha": "center", "va": "top", "fontsize": 7, "color": "#777777"}
+            axes.annotate(row.layout, middle, xycoords=("data", "axes fraction"), **style)
+    axes.set_ylim(0, STEPS * 1.12)

@@ -1,8 +1,9 @@
-"""A training by DeepSpeed alone, as its documentation shows it: what bigtfm is compared with under the same faults.
+"""A training by DeepSpeed alone, as its documentation shows it: what bigtfm is compared with under faults.
 
     deepspeed raw.py FOLDER STEPS [--stage N] [--bf16] [--save-every N] [--mlflow URI]
 
-Batches are a function of the step, so that a resume can go on exactly where it stood; losses go to FOLDER/losses.jsonl.
+Batches are a function of the step, so that a resume can go on exactly where it stood. Losses go to
+FOLDER/losses.jsonl.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class TinyGPT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 32)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 128, 0.0, batch_first=True) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 128, 0.0, batch_first=True) for _ in range(2)
+        )
         self.head = nn.Linear(32, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:

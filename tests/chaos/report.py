@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chaos.job import SAVE_EVERY
+from chaos.kills import End, Kill, Row
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bigtfm.environment import environment
-from chaos.job import SAVE_EVERY
-from chaos.kills import End, Kill, Row
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,11 @@ def summarize(rows: Sequence[Row]) -> Summary:
     victims = ("all", "rank 0", "rank 1", "trainer", "supervisor", "data worker", "launcher")
     moments = ("any", "resume", "save", "write", "evaluate", "launcher")
     phases = [phase for kill in kills for phase in kill.attempt.inside]
-    starts = [first for first, second in zip(rows, [None, *rows], strict=False) if second is not None and second.run == first.run]
+    starts = [
+        first
+        for first, second in zip(rows, [None, *rows], strict=False)
+        if second is not None and second.run == first.run
+    ]
     return Summary(
         kills=len(kills),
         resumes=sum(row.attempt.resumed is not None for row in starts),
@@ -153,7 +157,9 @@ def show(s: Summary, console: Console) -> None:
 def markdown(s: Summary, seed: int) -> str:
     """chaos-report.md."""
     ran = environment()
-    where = ", ".join(f"{key} {ran[key]}" for key in ("python", "torch", "deepspeed", "cpu_cores") if key in ran)
+    where = ", ".join(
+        f"{key} {ran[key]}" for key in ("python", "torch", "deepspeed", "cpu_cores") if key in ran
+    )
     parts = ["# A campaign of kills", "", f"{verdict(s)}.", "", f"Seed {seed}. {where}.", ""]
     for title, groups in (("whom", s.victims), ("when", s.moments)):
         parts += [f"| {' | '.join((title, *HEADINGS[1:]))} |", f"|{'---|' * len(HEADINGS)}"]

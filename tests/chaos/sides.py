@@ -69,7 +69,9 @@ class Side:
             return [*flags, *(["--mlflow", options.mlflow] if options.mlflow else [])]
         layout = Layout(options.stage, "bf16" if options.bf16 else "fp32", schedule=False)
         tracked = (f"track.uri={options.mlflow}", "track.mlflow=true") if options.mlflow else ()
-        data = job.make_data(next(folder for folder in self.folder.parents if folder.name == "faults") / "data")
+        data = job.make_data(
+            next(folder for folder in self.folder.parents if folder.name == "faults") / "data"
+        )
         return job.arguments(
             self.folder, data, layout, "run", f"steps={options.steps}", f"save.every={options.save_every}",
             "eval.every=0", *tracked, *options.overrides,
@@ -111,10 +113,12 @@ class Side:
         return self.finish(self.start(options, sabotage), seconds)
 
     def finish(self, ranks: Sequence[BaseProcess], seconds: float) -> Ended:
-        """Waits for the ranks and all that they have started; ends what is still there after so many seconds."""
+        """Waits for the ranks and all that they have started; ends what is there after so many seconds."""
         began = time.monotonic()
         left = processes.wait_until_gone(job.servers(), seconds)
-        ended = Ended([], "", time.monotonic() - began, [process.command or str(process.pid) for process in left])
+        ended = Ended(
+            [], "", time.monotonic() - began, [process.command or str(process.pid) for process in left]
+        )
         late = {process.pid for process in left}
         end_all()
         for rank in ranks:
