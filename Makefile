@@ -3,6 +3,7 @@
 #   PYTHON=python3.12      the interpreter to use (default: the first of python3.13 3.12 3.11 python3 that fits)
 #   TORCH_VERSION=2.13.0   the torch to install: the CPU build on Linux without an NVIDIA GPU, else the default one
 #   STEPS=40               a shorter quickstart         RUN=name   a fresh run beside runs/quickstart
+#   N=200 SEED=2 OUT=folder  a longer campaign of kills, going on in the folder of an earlier one
 #   ARGS="key=value ..."   more run config overrides for the quickstart, or more options for pytest
 
 SHELL := bash
@@ -14,6 +15,10 @@ VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN ?= quickstart
+N ?= 40
+SEED ?= 1
+OUT ?=
+FAULTS ?=
 STEPS ?=
 ARGS ?=
 PROMPT ?= My fellow Americans,
@@ -129,6 +134,14 @@ test: setup $(VENV)/.test-model ## the whole test suite (GPU tests: make gputest
 .PHONY: gputest
 gputest: setup ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# A fresh campaign unless OUT names the folder of one to go on with.
+.PHONY: chaos
+chaos: setup ## kill a training N=40 times (SEED=1) and compare every resume; FAULTS=all or names: meet these
+	@export PYTHONPATH="$(CURDIR):$(CURDIR)/tests" OMP_NUM_THREADS=1; \
+	$(if $(OUT),,rm -rf runs/chaos;) \
+	$(if $(FAULTS),$(BIN)/python -m chaos faults $(or $(OUT),runs/chaos) $(filter-out all,$(FAULTS)),\
+	  $(BIN)/python -m chaos kills $(or $(OUT),runs/chaos) -n $(N) --seed $(SEED))
 
 .PHONY: check
 check: setup ## format, lint, types, import layers and the fast tests

@@ -139,7 +139,7 @@ def _start(loader: MakesBatches, workers: int) -> list[_Worker]:
     if not workers:
         return []
     context = get_context("forkserver")  # forks of a process that has imported torch once and has no threads
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["bigtfm.resilience.dies_with_parent", __name__])
     pickled = pickle.dumps(loader)
     started: list[_Worker] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)  # inherited, so that no moment is left open

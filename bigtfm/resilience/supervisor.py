@@ -29,7 +29,7 @@ from bigtfm.resilience.events import note
 from bigtfm.resilience.launchers import launchers
 from bigtfm.resilience.lifeline import Lifeline, die_with, run_trainer
 from bigtfm.resilience.lines import Lines
-from bigtfm.resilience.outcome import Outcome, of_silent_end
+from bigtfm.resilience.outcome import FAILURE, Outcome, of_silent_end
 from bigtfm.resilience.pulse import Pulse
 from bigtfm.resilience.signals import ORPHANED, Arrivals, install
 
@@ -46,6 +46,8 @@ def supervise(launch: Launch, run_dir: Path, guard: GuardSection, trainer: Train
     return.
     """
     changes: dict[str, Any] = {}
+    if launch.rank == 0:
+        (run_dir / FAILURE).unlink(missing_ok=True)  # an earlier start's: what ends this one is news
     with _signals() as wakeups:
         arrivals = Arrivals()
         while True:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from chaos import job, processes
@@ -56,6 +58,7 @@ class Attempt:
     seconds: float
     killed: list[int] = field(default_factory=list)  # process ids; none: it came to its end by itself
     inside: list[str] = field(default_factory=list)  # phases that a rank was in at the end
+    met: bool = False  # whether its ranks had found each other: before, only a launcher sees one end
     resumed: int | None = None  # the step that it went on from; None: it did not get that far
     gone: float = 0.0
     orphans: list[str] = field(default_factory=list)
@@ -99,6 +102,9 @@ def attempt(
     random.Random(str(plan)).shuffle(done.killed)
     processes.kill(done.killed)
     done.seconds = time.monotonic() - began
+    done.met = all("-resume" in (out / f"marks-{rank}.txt").read_text() for rank in range(RANKS))
+    if done.killed and not done.met:
+        _as_a_launcher(ranks)
     _end(done, servers, gone)
     for rank in ranks:
         rank.join()
@@ -107,6 +113,13 @@ def attempt(
     for rank in range(RANKS):
         _read_marks(done, (out / f"marks-{rank}.txt").read_text())
     return done
+
+
+def _as_a_launcher(ranks: Sequence[BaseProcess]) -> None:
+    """When one rank has ended, the others get SIGTERM a second later, as from deepspeed and torchrun."""
+    if _wait(lambda: any(rank.exitcode is not None for rank in ranks), lambda: True, 10.0):
+        time.sleep(1.0)
+        processes.kill([rank.pid or 0 for rank in ranks if rank.exitcode is None], signal.SIGTERM)
 
 
 def _moment(plan: Plan, out: Path, at: float, alive: Callable[[], bool]) -> bool:
@@ -134,23 +147,27 @@ def _victims(plan: Plan, ranks: Sequence[int], servers: set[int], alive: Callabl
     """A rank is a supervisor whose child is the trainer; or, where nobody supervises, the trainer itself."""
     if plan.victim == "all":
         return [process.pid for process in processes.living(servers)]
-    if plan.victim == "data worker":  # forked by the fork server, as the ranks are
+    if plan.victim == "data worker":
         workers: list[int] = []
 
         def born() -> bool:
-            workers[:] = [
-                p.pid for server in servers for p in processes.children(server) if p.pid not in ranks
-            ]
+            workers[:] = _data_workers(servers)
             return bool(workers)
 
         _wait(born, alive, PATIENCE)
-        return workers[plan.rank : plan.rank + 1] or workers[:1]
+        return workers[:1]
     if plan.victim in ("rank 0", "rank 1"):
         rank = ranks[int(plan.victim[-1])]
         return [rank, *(process.pid for process in processes.children(rank))]
     rank = ranks[plan.rank]
     trainer = [process.pid for process in processes.children(rank)]
     return trainer[:1] if plan.victim == "trainer" and trainer else [rank]
+
+
+def _data_workers(servers: set[int]) -> list[int]:
+    """Forks of the fork servers that trainers have started."""
+    forks = {p.pid: p for p in processes.living(servers) if "bigtfm.data.prefetch" in p.command}
+    return [process.pid for process in forks.values() if process.parent in forks]
 
 
 def _end(done: Attempt, servers: set[int], seconds: float) -> None:

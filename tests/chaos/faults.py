@@ -423,7 +423,10 @@ def meet(out: Path, names: list[str], sides: list[str]) -> Iterator[tuple[str, s
             folder = out / "faults" / f"{name}-{side}"
             shutil.rmtree(folder, ignore_errors=True)
             with _nothing_left():
-                seen = FAULTS[name].meet(Side(side, folder))
+                try:
+                    seen = FAULTS[name].meet(Side(side, folder))
+                except Exception as error:  # one that can't be measured is no reason to leave out the rest
+                    seen = Seen(False, f"not measured: {type(error).__name__}: {error}"[:2000])
             rows = read(out)
             rows.setdefault(name, {})[side] = asdict(seen)
             (out / "faults.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY
 from bigtfm.data.prepare import prepare
 
 RANKS = 2
-STEPS, SAVE_EVERY, EVALUATE_EVERY = 160, 7, 10
+STEPS, SAVE_EVERY, EVALUATE_EVERY = 100, 7, 10
 
 
 @dataclass(frozen=True)

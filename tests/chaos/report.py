@@ -25,7 +25,7 @@ class Group:
     name: str
     kills: int
     told: int  # kills after which the rest of the job said in exactly one line what had happened
-    left: int  # kills after which somebody was left to say something
+    left: int  # kills after which somebody was left to say it
     gone_median: float
     gone_longest: float
     lost_median: float  # steps computed again
@@ -36,7 +36,7 @@ class Group:
     def of(cls, name: str, kills: Sequence[Kill], lost: dict[int, int]) -> Group:
         gone = [kill.attempt.gone for kill in kills]
         steps = [lost[kill.kill] for kill in kills if kill.kill in lost] or [0]
-        left = [kill for kill in kills if kill.plan.victim != "all"]
+        left = [kill for kill in kills if kill.attempt.met and kill.plan.victim != "all"]
         return cls(
             name=name,
             kills=len(kills),
@@ -137,7 +137,7 @@ def verdict(s: Summary) -> str:
     return (
         f"{s.kills} kills, {s.resumes} resumes, {s.runs} runs at their end: {bits} differing values in "
         f"{s.rows:,} steps and {s.files} files; at most {most} steps computed again (a save every "
-        f"{SAVE_EVERY}); {s.orphans} orphans; {len(s.wrong)} things not as promised"
+        f"{SAVE_EVERY}); {s.orphans} orphans; {len(s.wrong) or 'nothing'} not as promised"
     )
 
 

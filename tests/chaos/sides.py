@@ -136,7 +136,7 @@ class Side:
     def reached(self) -> int:
         return max(self.losses(), default=0)
 
-    def wait_for_step(self, step: int, ranks: Sequence[Any], seconds: float = 90) -> bool:
+    def wait_for_step(self, step: int, ranks: Sequence[Any], seconds: float = 150) -> bool:
         """Whether it came that far; False as soon as a rank (or the launcher) has ended."""
         deadline = time.monotonic() + seconds
         while self.reached() < step:
