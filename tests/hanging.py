@@ -221,7 +221,15 @@ def hang(fault: str, victim: int, stage: int, folder: Path, data: Path, *overrid
     args += [f"data.workers={int(fault == 'sleeping_worker')}", *overrides]
     environ = {"FAULT": fault, "VICTIM": str(victim)}
     started = rank_runner.start(args, folder, 2, environ, program=broken_rank)
-    result, seen = Hung(fault, victim, stage, folder), dict[int, str]()
+    try:
+        yield from _follow(Hung(fault, victim, stage, folder), started)
+    finally:  # who has seen enough closes the generator
+        for process in started:
+            process.kill()
+
+
+def _follow(result: Hung, started: Sequence[Any]) -> Iterator[Hung]:
+    folder, seen = result.folder, dict[int, str]()
     while any(process.is_alive() for process in started):
         began = _struck(folder)
         if began:
@@ -233,7 +241,7 @@ def hang(fault: str, victim: int, stage: int, folder: Path, data: Path, *overrid
         yield result
     result.gone = time.time() - (_struck(folder) or 0)
     result.codes = [int(process.exitcode or 0) for process in started]
-    result.lines = [line for o in _outputs(folder) for line in o.splitlines() if line.startswith("bigtfm: ")]
+    result.lines = said(folder)
     if result.named < 0 and result.lines:
         result.named = result.gone
     while True:
@@ -247,6 +255,11 @@ def hang(fault: str, victim: int, stage: int, folder: Path, data: Path, *overrid
 def _struck(folder: Path) -> float:
     found = [path.read_text() for path in folder.glob("struck-*")]
     return float(found[0] or 0) if found else 0.0
+
+
+def said(folder: Path) -> list[str]:
+    """The lines that a job has said beside its progress."""
+    return [line for o in _outputs(folder) for line in o.splitlines() if line.startswith("bigtfm: ")]
 
 
 def _outputs(folder: Path) -> list[str]:
