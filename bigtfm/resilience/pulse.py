@@ -89,7 +89,7 @@ class Reading:
 
 
 class Pulse:
-    """Written by the trainer, read by its supervisor; made before the fork. A write takes about 2 us."""
+    """Written by the trainer, read by its supervisor; made before the fork. Phase: 5 us, collective: 20."""
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, _SIZE)

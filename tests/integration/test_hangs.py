@@ -67,9 +67,9 @@ def test_the_line_of_a_sleeping_reader_word_for_word(hung: dict[str, Hung]) -> N
     assert line == (
         "bigtfm: error: rank 0 (host H, pid P): no progress for N s in data at step 7 (hanging.py:N, in "
         "batch); rank 1 waits in all_reduce (bigtfm/train.py:N); all stacks: "
-        "runs/quickstart/logs/hang-step-7.txt. Fix: look at that line and at the disk or network that the data "
-        "come from, or allow more time (guard.hang_seconds, guard.start_seconds); start the same command "
-        "again: it resumes from the last checkpoint"
+        "runs/quickstart/logs/hang-step-7.txt. Fix: look at that line and at the disk or network that the "
+        "data come from, or allow more time (guard.hang_seconds, guard.start_seconds); start the same "
+        "command again: it resumes from the last checkpoint"
     )
 
 
