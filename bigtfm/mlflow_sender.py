@@ -93,10 +93,11 @@ class Sender:
                 Metric(key, float(value), int(row["time"] * 1000), row["step"])
                 for row in self._waiting
                 for key, value in row.items()
-                if isinstance(value, int | float) and key not in ("step", "time")
+                if isinstance(value, int | float) and key not in ("step", "time", "rewinds")
             ]
             self._client.log_batch(self._progress["run_id"], metrics=metrics)
-            self._note(sent_step=self._waiting[-1]["step"])
+            rewinds, step = _place(self._waiting[-1])
+            self._note(sent_step=step, sent_rewinds=rewinds)
             self._waiting = []
 
     def close(self) -> None:
@@ -112,8 +113,9 @@ class Sender:
 
     def _read(self) -> bool:
         """Fill `_waiting` with rows past the last one sent; False when there are no more."""
+        sent = (self._progress.get("sent_rewinds", 0), self._progress["sent_step"])
         while rows := self._rows.new(_ROWS):
-            self._waiting = [row for row in rows if row["step"] > self._progress["sent_step"]]
+            self._waiting = [row for row in rows if _place(row) > sent]
             if self._waiting:
                 return True
         return False
@@ -181,6 +183,11 @@ class Sender:
     def _note(self, **news: Any) -> None:
         self._progress |= news
         write_json(self._run_dir / "mlflow.json", self._progress | {"error": None})
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    """Rows come in this order, also where a run has gone back to an earlier step."""
+    return row.get("rewinds", 0), row["step"]
 
 
 def _is_active(client: MlflowClient, run_id: str | None) -> bool:

@@ -73,6 +73,14 @@ class Recorder:
                 row["step"], row["val_loss"], row.get("val_bits_per_byte"), best=improved
             )
 
+    def warning(self, text: str) -> None:
+        """A line among those of the steps."""
+        self._console.warning(text)
+
+    def went_back(self, step: int, cut: str) -> None:
+        """Moves the rows behind `step` from metrics.jsonl into RUN/logs/`cut`."""
+        self._log.truncate_after(step, cut=self._job.run.run_dir / "logs" / cut)
+
     def _bits_per_byte(self, loss: float) -> float:
         split = self._job.dataset.split("validation")
         return bits_per_byte(loss, predicted_tokens(split), split.num_bytes)

@@ -47,15 +47,23 @@ class MetricsLog:
         self._waiting += json.dumps(values, allow_nan=False).encode() + b"\n"
         self._try()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows past `step`, the step of the checkpoint that is resumed from. All or nothing."""
+    def truncate_after(self, step: int, cut: Path | None = None) -> None:
+        """Drop the rows past `step`, the step of the checkpoint that is resumed from. All or nothing.
+
+        cut: a file that they go to.
+        """
         self._file.close()
         shorter = self.path.with_suffix(".tmp")
         try:
             with self.path.open("rb") as rows, shorter.open("wb") as kept:
-                kept.writelines(line for line in rows if parse_row(line)["step"] <= step)
+                lines = list(rows)
+                number = sum(parse_row(line)["step"] <= step for line in lines)
+                kept.writelines(lines[:number])
                 kept.flush()
                 os.fsync(kept.fileno())
+            if cut is not None:
+                cut.parent.mkdir(exist_ok=True)
+                cut.write_bytes(b"".join(lines[number:]))
             os.replace(shorter, self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from None

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import NoCheckpoint, NumericsProblem
+from bigtfm.config.problems import NoCheckpoint
 from bigtfm.data.indexed import Split
-from bigtfm.data.loader import Loader, TokenStream
+from bigtfm.data.loader import Batch, Loader, TokenStream
 from bigtfm.data.objectives import make_objective
 from bigtfm.data.order import InOrder, Order, Windows, digest
 from bigtfm.data.prefetch import Prefetcher
 from bigtfm.data.streaming import StreamedTokens
 from bigtfm.data.verification import Verification
-from bigtfm.engine import checkpoint, distributed, fragments
-from bigtfm.engine.build import build_engine, local_grad_norm
+from bigtfm.engine import checkpoint, distributed, gradients, replicas
+from bigtfm.engine.build import build_engine
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.distributed import Ranks
 from bigtfm.engine.probe import PROBE_TOKENS, Probe, require_same
@@ -39,10 +39,9 @@ from bigtfm.preflight import (
     verification_of,
 )
 from bigtfm.recorder import Recorder
-from bigtfm.resilience import events
+from bigtfm.resilience import events, numerics, spikes
 from bigtfm.resilience.claim import claim
 from bigtfm.resilience.lifeline import Lifeline
-from bigtfm.resilience.numerics import require_finite
 from bigtfm.resilience.signals import stopped
 from bigtfm.run_directory import identity, lay_out, refuse_changes, starting_point
 
@@ -100,6 +99,8 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
             pulse.enter("data", step=progress.step + 1)
+            progress.samples = spikes.position(progress.samples, progress.spikes)
+            lr_factor = spikes.lr_factor(progress.step + 1, progress.spikes)
             first = progress.samples + ranks.rank * micro_batch
             starts = range(first, first + stride * accumulation, stride)
             batches = reader.step(starts, micro_batch, stride * accumulation)
@@ -118,44 +119,57 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
                 raise stopped(progress.step, run.run_dir, interrupted, orphaned)
 
             loss_sum = torch.zeros((), device=ranks.device)
-            grad_norm = None
-            for turn, batch in enumerate(batches):
+            for batch in batches:
                 pulse.enter("forward")
                 inputs = batch.to(ranks.device).model_inputs()
                 loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * accumulation))
                 # The gradient of sum(token losses) / labels in the global batch: DeepSpeed averages
                 # over ranks, hence the factor; else it would average averages.
                 pulse.enter("backward")
-                engine.backward(loss * (ranks.world_size / max(labels, 1)), scale_wrt_gas=False)
+                scale = ranks.world_size / max(labels, 1)
+                engine.backward(gradients.marked(loss) * scale, scale_wrt_gas=False)
                 loss_sum += loss.detach()
-                if turn == accumulation - 1:
-                    grad_norm, lr = local_grad_norm(engine), engine.get_lr()[0]
                 pulse.enter("update")
-                engine.step()
+                grad_norm, lr = gradients.step(engine, ranks, lr_factor)
 
             taken = loader.order.pieces(progress.samples, stride * accumulation)
             progress.step += 1
             progress.samples += stride * accumulation
             progress.tokens += taken.num_tokens
             progress.stream = stream.mark_of(progress.samples) if stream is not None else None
-            total_loss = ranks.sum([float(loss_sum)])[0]
-            grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
-            require_finite(progress.step, total_loss, grad_norm, overflow_allowed=engine.fp16_enabled())
+            total_loss, left_out = ranks.sum([float(loss_sum), not engine.was_step_applied()])
             mean_loss = total_loss / labels if labels else math.nan  # no token of the step had a label
             row: dict[str, Any] = {"step": progress.step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+            if progress.spikes:
+                row["rewinds"] = len(progress.spikes)
+            if left_out and not gradients.is_of_loss_scale(engine, total_loss):
+                row["skipped"] = True
+                culprit = find_culprit(engine, ranks, progress.step, batches, labels, float(loss_sum))
+                note_left_out(job, progress, total_loss, culprit, recorder)
 
             seconds = time.perf_counter() - began
             last = progress.step == steps
             improved = False
             if validation is not None and (last or due(run.eval.every, progress.step)):
                 row["val_loss"] = validation_loss(engine, validation, ranks, micro_batch, run.eval.tokens)
-                require_finite(progress.step, row["val_loss"], 0.0, overflow_allowed=False)
+                numerics.require_finite(progress.step, "validation loss", row["val_loss"])
                 improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
             pulse.enter("record")
             if recorder is not None:
                 rate = taken.num_tokens / seconds
                 recorder.step(row, progress.tokens, rate, seconds, digest(taken.ids, of=data), improved)
-            if last or improved or due(run.save.every, progress.step):
+            if not left_out and spikes.is_spike(progress.recent, mean_loss, run.guard):
+                if saver.saved is not None:
+                    progress = go_back(
+                        job, engine, ranks, progress, mean_loss, saver, reader, stream, recorder
+                    )
+                    continue
+                note_spike(job, progress, mean_loss, recorder)
+            progress.recent = spikes.with_last(progress.recent, mean_loss, run.guard)
+            save = improved or save_due(run.save.every, progress, last)
+            if due(run.guard.replicas_every, progress.step) or (save and run.guard.replicas_every):
+                replicas.require_equal(engine, progress.step, ranks)
+            if save:
                 saver.save(progress)
             lifeline.stepped()
         pulse.enter("end")
@@ -164,6 +178,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
         recorder.summary(progress, last_checkpoint)
     if own_ranks:
         ranks.close()
+    numerics.require_all_applied(progress.skipped, where=str(run.run_dir))
 
 
 def end_for_storage(saver: Saver, verification: Verification, ranks: Ranks) -> None:
@@ -277,8 +292,105 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def save_due(every: int, progress: Progress, last: bool) -> bool:
+    """Whether a regular save is due: after this step, or after those right before it that were left out.
+
+    A step that was left out waits: the weights may be why, and good checkpoints must not go for them.
+    """
+    step = progress.step
+    if progress.skipped[-1:] == [step]:
+        return False
+    first = step - numerics.in_a_row(step - 1, progress.skipped)
+    return last or any(due(every, number) for number in range(first, step + 1))
+
+
 def out_of_patience(patience: int, progress: Progress) -> bool:
     return 0 < patience <= progress.stale_evaluations
+
+
+def find_culprit(
+    engine: Any, ranks: Ranks, step: int, batches: list[Batch], labels: float, own_loss: float
+) -> numerics.Culprit:
+    """Runs the step that was left out again, to see what was the first to be not finite, and on which rank.
+
+    own_loss: this rank's, of the step itself.
+
+    Raises:
+        NumericsProblem: it is a weight.
+    """
+    ranks.pulse.enter("record")
+    numerics.require_finite_weights(step, ranks.gather(gradients.broken_weights(engine)))
+    watch = numerics.Watch()
+    with watch.hooks(engine.module):
+        gradients.replay(engine, batches, labels, ranks, watch)
+    return numerics.culprit(ranks.gather((watch.found, own_loss)))
+
+
+def note_left_out(
+    job: Job, progress: Progress, loss: float, culprit: numerics.Culprit, recorder: Recorder | None
+) -> None:
+    """Notes that the step which progress stands at was left out: an event and a line.
+
+    Raises:
+        NumericsProblem: it is one too many in a row.
+    """
+    what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+    progress.skipped.append(progress.step)
+    if recorder is not None:
+        details = culprit.details
+        events.note(job.run.run_dir, "step left out", step=progress.step, loss=str(loss), **details)
+        recorder.warning(f"step {progress.step} is left out: {what}: {culprit.said}")
+    allowed = job.run.guard.bad_steps
+    if numerics.in_a_row(progress.step, progress.skipped) > allowed:
+        raise numerics.too_many(progress.step, allowed, f"{what}: {culprit.said}")
+
+
+def go_back(
+    job: Job,
+    engine: Any,
+    ranks: Ranks,
+    progress: Progress,
+    loss: float,
+    saver: Saver,
+    reader: Prefetcher,
+    stream: StreamedTokens | None,
+    recorder: Recorder | None,
+) -> Progress:
+    """After a spike: the progress of the newest checkpoint, which the engine has been filled from.
+
+    Raises:
+        NumericsProblem: it is one spike too many.
+    """
+    guard, step = job.run.guard, progress.step
+    if len(progress.spikes) >= guard.spikes:
+        raise spikes.too_many(step, loss, progress.spikes)
+    saver.wait()
+    reader.forget()
+    ranks.pulse.enter("resume")
+    before, _ = resume(job, engine, ranks)
+    found = spikes.spike(
+        step, progress.samples, (before.step, before.samples), job.resolved.global_batch, guard
+    )
+    before.spikes = [*progress.spikes, found]
+    saver.went_back(before.step)
+    if stream is not None:
+        start_stream(job, stream, before, ranks)
+    if recorder is not None:
+        cut = f"spike-{len(before.spikes)}-step-{step}.jsonl"
+        recorder.went_back(before.step, cut)
+        events.note(job.run.run_dir, "spike", loss=loss, cut=f"logs/{cut}", **found)
+        left_out = f"samples {found['first_sample']} to {found['end_sample'] - 1}"
+        recorder.warning(f"loss {loss:.4f} at step {step}: back to step {before.step}, without {left_out}")
+    return before
+
+
+def note_spike(job: Job, progress: Progress, loss: float, recorder: Recorder | None) -> None:
+    """Notes a spike before the first checkpoint, after which the run goes on."""
+    if recorder is not None:
+        events.note(job.run.run_dir, "spike", loss=loss, step=progress.step, back_to=None)
+        recorder.warning(
+            f"loss {loss:.4f} at step {progress.step}, and no checkpoint to go back to: it goes on"
+        )
 
 
 def note_evaluation(engine: Any, progress: Progress, val_loss: float, min_delta: float) -> bool:
@@ -317,16 +429,7 @@ def finish(job: Job, engine: Any, progress: Progress, saver: Saver, ranks: Ranks
         NumericsProblem: a weight is not finite.
         NoCheckpoint: the checkpoint on the disk is not what was written.
     """
-    broken = [
-        f.name for f in fragments.owned_fragments(engine) if not bool(torch.isfinite(f.view(f.flat)).all())
-    ]
-    for names in ranks.gather(broken):
-        if names:
-            raise NumericsProblem(
-                f"weight {names[0]} is not finite",
-                where=f"step {progress.step}",
-                fix="start the same command again: it resumes from the last checkpoint, which is finite",
-            )
+    numerics.require_finite_weights(progress.step, ranks.gather(gradients.broken_weights(engine)))
     saver.save(progress)  # after an early stop; else it is there
     saver.wait()
     path = checkpoint.folder_of(job.checkpoints, progress.step)

@@ -34,6 +34,8 @@ def likely_cause(c: Comparison) -> tuple[str, tuple[str, ...]]:
     """A sentence, and the keys that it names. "" where the runs are the same."""
     if c.step is None:
         return "", ()
+    if said := _went_back(c, c.step) or _left_out(c, c.step):
+        return said, ()
     name = c.differing[0]
     if name in ("sample_digest", "tokens") and (said := _another_batch(c, c.step)):
         return said, ("train_batch_size",)
@@ -47,6 +49,25 @@ def likely_cause(c: Comparison) -> tuple[str, tuple[str, ...]]:
     if guilty:
         return _named(guilty), _keys(guilty)
     return story(c, c.columns[name])
+
+
+def _went_back(c: Comparison, step: int) -> str:
+    """Which run has left out samples after a spike of its loss that the other has not had."""
+    for name, run, other in (("A", c.a, c.b), ("B", c.b, c.a)):
+        for spike in run.spikes:
+            if spike["back_to"] < step and spike not in other.spikes:
+                samples = f"samples {spike['first_sample']} to {spike['end_sample'] - 1}"
+                went = f"{name} went back from step {spike['step']} to step {spike['back_to']}"
+                return f"{went} when its loss had jumped, and left out {samples}"
+    return ""
+
+
+def _left_out(c: Comparison, step: int) -> str:
+    """Which run alone has left that step out."""
+    out = [name for name, run in (("A", c.a), ("B", c.b)) if run.rows[step].get("skipped")]
+    if len(out) != 1:
+        return ""
+    return f"{out[0]} left out step {step}, whose loss or gradient was not finite (its events.jsonl says why)"
 
 
 def _another_batch(c: Comparison, step: int) -> str:

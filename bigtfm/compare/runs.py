@@ -14,6 +14,7 @@ from bigtfm.config.deepspeed import BATCH_KEYS, load_deepspeed_json
 from bigtfm.config.problems import DataProblem, Problem
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import ModelSection
+from bigtfm.resilience import events
 from bigtfm.tracking import read_metrics
 
 NUMBERS = ("lr", "loss", "grad_norm", "val_loss", "time", "seconds", "mfu", "tokens_per_second")
@@ -31,6 +32,7 @@ class Run:
     settings: dict[str, Any]  # "table.key" -> value
     identity: dict[str, Any]  # SHA-256 of data and tokenizer, if a checkpoint tells
     starts: tuple[int, ...]  # steps before which a process was started anew, as far as the rows tell
+    spikes: tuple[dict[str, Any], ...] = ()  # after which it went back to a checkpoint; of events.jsonl
 
 
 def read_run(path: Path) -> Run:
@@ -46,7 +48,16 @@ def read_run(path: Path) -> Run:
             raise DataProblem(f"not a run directory: {lacks}", where=str(path), fix=fix)
     rows = _rows(path / "metrics.jsonl")
     by_step = {row["step"]: row for row in rows}
-    return Run(path, by_step, _settings(path), _identity(path / "checkpoints"), _starts(rows))
+    identity, starts = _identity(path / "checkpoints"), _starts(rows)
+    return Run(path, by_step, _settings(path), identity, starts, _spikes(path))
+
+
+def _spikes(path: Path) -> tuple[dict[str, Any], ...]:
+    names = ("step", "back_to", "first_sample", "end_sample")
+    rows = (row for row in events.read(path) if row["event"] == "spike")
+    return tuple(
+        {name: row[name] for name in names} for row in rows if all(_is_integer(row.get(n)) for n in names)
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

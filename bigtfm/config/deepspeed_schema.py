@@ -184,7 +184,7 @@ BF16: Table = {
     "immediate_grad_update": only(
         False, "it acts only inside DeepSpeed's BF16_Optimizer and is not supported"
     ),
-    "check_grad_overflow": flag(),
+    "check_grad_overflow": only(True, "DeepSpeed would train on gradients that are not finite"),
     "bf16_master_weights_and_grads": only(False, _MASTERS),
     "bf16_optimizer_states": only(False, _MASTERS),
 }

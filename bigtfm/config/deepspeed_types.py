@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from bigtfm.config.deepspeed_schema import Refusal, Table, betas, choice, flag, integer, number, only
 
-_LR = number(above=0, required=True)
-_DECAY = number(0, default=0.0)
+# Beyond what fp32 holds (3.4e38), also times 1 / (1 - beta1) or each other, torch raises in the first update.
+_LR = number(above=0, high=1e30, required=True)
+_DECAY = number(0, 1e6, default=0.0)
 _CLIP: Table = {"max_grad_norm": Refusal("DeepSpeed raises on it", "set gradient_clipping")}
 _TORCH: Table = {
     name: Refusal("not every implementation of this optimizer has it", "remove it")

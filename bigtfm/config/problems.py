@@ -9,6 +9,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar
 
+DIVERGED = (  # advice
+    "lower the lr or warm up longer (DeepSpeed JSON), and look for extreme values in the run config"
+)
+
 
 class Problem(Exception):
     """A failure with a known cause. Subclasses carry the exit code; `line` is what the user reads."""
@@ -54,6 +58,15 @@ class NumericsProblem(Problem):
     exit_code = 70
 
 
+def loss_scale_floor() -> NumericsProblem:
+    """What DeepSpeed means by "Current loss scale already at minimum"."""
+    return NumericsProblem(
+        "gradients overflow fp16 at the smallest loss scale too: no update is possible",
+        where="DeepSpeed JSON: fp16",
+        fix=f"use bf16 if the GPU has it; else {DIVERGED}; what was saved is finite",
+    )
+
+
 class StorageProblem(Problem):
     """Writing or reading the run directory failed."""
 
@@ -97,6 +110,8 @@ def known_cause(error: Exception) -> Problem | None:
             where=str(error.filename or "output"),
             fix="check that it is there, its permissions, and the free space",
         )
+    if said.startswith("Current loss scale already at minimum"):
+        return loss_scale_floor()
     if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
         return ConfigProblem(
             f"out of memory: {said}",

@@ -10,7 +10,7 @@ import os
 import pickle
 import signal
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -82,6 +82,13 @@ class Prefetcher:
             if key not in self._due:
                 self._due[key] = self._threads.submit(self._make, *key)
         return [self._due.pop(key).result() for key in now]
+
+    def forget(self) -> None:
+        """Drops what was made ahead, and returns when nothing is being made: the next step is elsewhere."""
+        for future in self._due.values():
+            future.cancel()
+        wait(self._due.values())
+        self._due.clear()
 
     def _make(self, first: int, count: int) -> Batch:
         batch = self._ask(first, count) if self._workers else self._loader.batch(first, count)

@@ -149,11 +149,3 @@ def _own_schedule(config: dict[str, Any]) -> Callable[[torch.optim.Optimizer], A
     del config["scheduler"]
     build = getattr(schedules, scheduler["type"])
     return partial(build, lr=config["optimizer"]["params"]["lr"], **scheduler.get("params", {}))
-
-
-def local_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """L2 norm of the reduced gradients, before the update, where DeepSpeed keeps none (fp32 at stage 0)."""
-    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
-        return None
-    grads = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) if grads else 0.0

@@ -55,6 +55,9 @@ class Progress:
     best_step: int | None = None
     stale_evaluations: int = 0  # since the best one
     stream: dict[str, Any] | None = None  # where a streamed source stands (bigtfm/data/streaming.py)
+    skipped: list[int] = field(default_factory=list)  # steps that were left out: not finite
+    recent: list[float] = field(default_factory=list)  # losses that a spike stands out of
+    spikes: list[dict[str, Any]] = field(default_factory=list)  # bigtfm/resilience/spikes.py
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change under a run
 
 
@@ -128,7 +131,7 @@ def folder_of(root: Path, step: int) -> Path:
 def state_of(engine: Any, progress: Progress) -> dict[str, Any]:
     """What state.json says beside the probe: all of a training that is no tensor."""
     groups = fragments.base_optimizer(engine).param_groups
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = fragments.loss_scaler(engine)
     return {
         "format": FORMAT,
         "progress": vars(progress),
@@ -359,6 +362,8 @@ def load(checkpoint: Path, engine: Any, ranks: Ranks, *, moments: bool = True) -
         for fragment in fragments.owned_fragments(engine):
             entry = shards.entry(fragment.name, fragment.shape)
             keys = entry["keys"] if moments else ["fp32"]
+            for key in fragments.moments(engine, fragment).keys() - set(keys):
+                fragments.restore_moment(engine, fragment, key).zero_()  # from before its first update
             for key in keys:
                 target = fragments.restore_moment(engine, fragment, key)
                 shards.fill(target, fragment.name, key, fragment.start)
@@ -369,8 +374,9 @@ def load(checkpoint: Path, engine: Any, ranks: Ranks, *, moments: bool = True) -
         for group, saved in zip(fragments.base_optimizer(engine).param_groups, state["groups"], strict=False):
             group["lr"] = saved["lr"]  # the rest of a group is the JSON's to say
         engine.lr_scheduler.load_state_dict(state["scheduler"])
-    if state["loss_scaler"] and getattr(engine.optimizer, "loss_scaler", None) is not None:
-        vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
+    scaler, saved = fragments.loss_scaler(engine), state["loss_scaler"]
+    if scaler is not None and saved and "cur_iter" in saved:  # without it, it was another precision's
+        vars(scaler).update(saved)
     for name in COUNTERS:
         setattr(engine, name, state["counters"][name])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()  # where an update is due

@@ -61,6 +61,12 @@ class Ranks:
         torch.distributed.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Every rank's values [n], on the host and as long on each: [ranks, n]."""
+        rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(rows, values, group=self.control)
+        return torch.stack(rows)
+
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         values = [value]

@@ -45,6 +45,13 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def loss_scaler(engine: Any) -> Any | None:
+    """What holds fp16's loss scale, elsewhere at stage 0 than from 1 on; None in other precisions."""
+    if not engine.fp16_enabled():
+        return None
+    return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
+
+
 def owned_fragments(engine: Any) -> Iterator[Fragment]:
     """The fragments that this rank keeps. At stage 0 every rank keeps all.
 

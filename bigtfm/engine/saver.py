@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bigtfm.config.problems import NumericsProblem, StorageProblem
+from bigtfm.config.problems import DIVERGED, NumericsProblem, StorageProblem
 from bigtfm.engine import checkpoint, fragments, storage
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.fragments import Fragment
@@ -93,6 +93,15 @@ class Saver:
         """Whether a save has failed that nobody has waited for yet; `wait` raises why, on every rank."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
+    @property
+    def saved(self) -> int | None:
+        """The step of the last checkpoint; None: there is none."""
+        return self._saved
+
+    def went_back(self, step: int) -> None:
+        """The run stands at an earlier checkpoint again."""
+        self._saved = step
+
     def wait(self) -> None:
         """Returns when no save is in flight.
 
@@ -143,8 +152,7 @@ class Saver:
             raise NumericsProblem(
                 f"after the update the loss of the probe is {loss}",
                 where=f"step {step}",
-                fix="lower the lr or warm up longer (DeepSpeed JSON), and look for extreme values in the run "
-                "config; what was saved before is sound",
+                fix=f"{DIVERGED}; what was saved before is sound",
             )
 
     def close(self) -> None:
@@ -271,6 +279,7 @@ class Saver:
         with ranks.together(f"writing {final}"), storage.told_when_full(self._root, needed):
             building.mkdir(exist_ok=True)  # not its parents: a run directory that is gone stays away
             if entries:
+                self._require_finite_copies(progress["step"])
                 files[self._file] = self._write_shard(building / self._file)
                 for name, entry in entries.items():
                     weights = next(place for place in self._layout[name] if place.key == "fp32")
@@ -281,6 +290,19 @@ class Saver:
             if ranks.rank == 0:
                 checkpoint.finish(building, final, gathered, state)
                 checkpoint.prune(self._root, self._retention, progress["step"], progress["best_step"])
+
+    def _require_finite_copies(self, step: int) -> None:
+        """A weight or a moment may be NaN although the loss of the probe is not."""
+        for name, places in self._layout.items():
+            for place in places:
+                extremes = torch.aminmax(self._buffer[place.first : place.first + place.numel])
+                if not all(map(math.isfinite, map(float, extremes))):
+                    raise NumericsProblem(
+                        f"{place.key} of {name} is not finite on rank {self._ranks.rank}",
+                        where=f"step {step}",
+                        fix="start the same command again: it resumes from the last checkpoint, which is "
+                        "finite",
+                    )
 
     def _write_shard(self, path: Path) -> dict[str, Any]:
         """The buffer as a safetensors file; returns its row of the manifest.

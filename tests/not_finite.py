@@ -1,0 +1,132 @@
+"""Ranks in which a number stops being finite: programs for rank_runner. A run's name says what, and when.
+
+PLACE-VALUE-WHEN-...: `value` is put into the loss, a gradient or a weight of rank 1 at step 3 ("once",
+"transient") or from it on ("always"). What is due is decided by the samples that a forward gets, so a step
+that is run again is struck again; "transient" strikes a process once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+STEP, SEQ_LEN, GLOBAL_BATCH = 3, 32, 8
+PARAMETER = "layers.1.mlp.down.weight"
+
+
+class Fault:
+    """Of one run."""
+
+    def __init__(self, name: str) -> None:
+        self.place, value, self.when, turn, *_ = name.split("-")
+        self.value, self.turn = float(value), int(turn)  # micro-batch of the step
+        self.done = self.active = False
+        self.before: dict[str, Any] = {}  # what the rank held before the last step
+        self.hooked = False
+
+    def is_due(self, engine: Any, token_keys: Any) -> bool:
+        step = int(token_keys.min()) // SEQ_LEN // GLOBAL_BATCH + 1
+        turn = engine.micro_steps % engine.gradient_accumulation_steps()
+        due = step >= STEP if self.when == "always" else step == STEP
+        return due and turn == self.turn and not (self.when == "transient" and self.done)
+
+
+def held(engine: Any) -> dict[str, Any]:
+    """Copies of all weights, moments and update counts that this rank holds."""
+    from bigtfm.engine import fragments
+
+    named = engine.module.named_parameters()
+    tensors: dict[str, Any] = {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in named}
+    for fragment in fragments.owned_fragments(engine):
+        for key, view in fragments.moments(engine, fragment).items():
+            tensors[f"{fragment.name}|{key}"] = view.clone()
+        tensors[f"{fragment.name}|updates"] = fragments.update_count(engine, fragment)
+    return tensors
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    import torch
+
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
+    )
+
+
+def break_engine(fault: Fault, untouched: list[bool]) -> None:
+    """Wraps what train calls. untouched: after each step left out, whether all was as before it."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from bigtfm import train as module
+    from bigtfm.engine import fragments
+
+    forward, find = DeepSpeedEngine.forward, module.find_culprit
+    rank = int(os.environ["RANK"])
+
+    def poison(gradient: Any) -> Any:
+        if fault.active:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = fault.value
+        return gradient
+
+    def broken_forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if not engine.training:
+            return forward(engine, *args, **kwargs)
+        if engine.micro_steps % engine.gradient_accumulation_steps() == 0:
+            fault.before = held(engine)
+        due = fault.is_due(engine, kwargs["token_keys"])
+        fault.done = fault.done or due
+        fault.active = due and rank == 1 and fault.place == "gradient"
+        if fault.place == "gradient" and not fault.hooked:
+            fault.hooked = True
+            named = engine.module.named_parameters()
+            next(p for name, p in named if name.endswith(PARAMETER)).register_hook(poison)
+        if due and fault.place == "weight":
+            if rank == 1:
+                fragment = next(fragments.owned_fragments(engine))
+                fragment.view(fragment.flat)[0] = fault.value
+            fragments.weights_follow_masters(engine)
+        loss, count = forward(engine, *args, **kwargs)
+        if due and rank == 1 and fault.place == "loss":
+            loss = loss + fault.value  # its gradient is finite
+        return loss, count
+
+    def found(engine: Any, *rest: Any) -> Any:
+        before = fault.before  # the step run again has another
+        culprit = find(engine, *rest)
+        untouched.append(same(before, held(engine)))
+        return culprit
+
+    DeepSpeedEngine.forward, module.find_culprit = broken_forward, found
+
+
+def train_jobs() -> None:
+    """Trains each job in the same processes and writes how it ended to RUN/outcome-RANK.json."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from bigtfm import recorder
+    from bigtfm import train as module
+    from bigtfm.config.launch import Launch
+    from bigtfm.config.problems import Problem
+    from bigtfm.engine import distributed
+    from bigtfm.job import check_job
+
+    recorder.plot_curve = lambda run_dir: run_dir / "curve.png"  # a third of a short run's time
+    launch = Launch.from_environment(os.environ, None)
+    ranks = distributed.start(launch)
+    real = DeepSpeedEngine.forward, module.find_culprit
+    for deepspeed_json, *overrides in json.loads(sys.argv[1]):
+        job = check_job(None, Path(deepspeed_json), overrides, launch.world_size)
+        untouched: list[bool] = []
+        break_engine(Fault(job.run.run.name), untouched)
+        code, line = 0, ""
+        try:
+            module.train(job, launch, ranks)
+        except Problem as problem:
+            code, line = problem.exit_code, problem.line
+        DeepSpeedEngine.forward, module.find_culprit = real
+        outcome = {"code": code, "line": line, "untouched": untouched}
+        (job.run.run_dir / f"outcome-{launch.rank}.json").write_text(json.dumps(outcome))
+    ranks.close()
