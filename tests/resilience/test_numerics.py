@@ -98,8 +98,8 @@ def test_lines_word_for_word() -> None:
         numerics.require_all_applied(list(range(3, 30, 2)), where="runs/a")
     assert caught.value.line == (
         "error: runs/a: finished and saved, but steps 3, 5, 7, 9, 11, 13, 15, 17 and 6 more were left out: "
-        "loss or gradient not finite. Fix: events.jsonl there tells rank, layer and samples; the checkpoint is "
-        "good to use"
+        "loss or gradient not finite. Fix: events.jsonl there tells rank, layer and samples; the checkpoint "
+        "is good to use"
     )
     numerics.require_all_applied([], where="runs/a")
     with pytest.raises(NumericsProblem) as caught:
