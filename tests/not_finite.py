@@ -73,7 +73,7 @@ def break_engine(fault: Fault, untouched: list[bool]) -> None:
         return gradient
 
     def broken_forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if not engine.training:
+        if not engine.module.training:
             return forward(engine, *args, **kwargs)
         if engine.micro_steps % engine.gradient_accumulation_steps() == 0:
             fault.before = held(engine)
