@@ -160,9 +160,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
                 recorder.step(row, progress.tokens, rate, seconds, digest(taken.ids, of=data), improved)
             if not left_out and spikes.is_spike(progress.recent, mean_loss, run.guard):
                 if saver.saved is not None:
-                    progress = go_back(
-                        job, engine, ranks, progress, mean_loss, saver, reader, stream, recorder
-                    )
+                    go_back(job, engine, ranks, progress, mean_loss, saver, reader, stream, recorder)
                     continue
                 note_spike(job, progress, mean_loss, recorder)
             progress.recent = spikes.with_last(progress.recent, mean_loss, run.guard)
@@ -355,8 +353,8 @@ def go_back(
     reader: Prefetcher,
     stream: StreamedTokens | None,
     recorder: Recorder | None,
-) -> Progress:
-    """After a spike: the progress of the newest checkpoint, which the engine has been filled from.
+) -> None:
+    """After a spike: takes engine and progress back to the newest checkpoint.
 
     Raises:
         NumericsProblem: it is one spike too many.
@@ -381,7 +379,7 @@ def go_back(
         events.note(job.run.run_dir, "spike", loss=loss, cut=f"logs/{cut}", **found)
         left_out = f"samples {found['first_sample']} to {found['end_sample'] - 1}"
         recorder.warning(f"loss {loss:.4f} at step {step}: back to step {before.step}, without {left_out}")
-    return before
+    vars(progress).update(vars(before))
 
 
 def note_spike(job: Job, progress: Progress, loss: float, recorder: Recorder | None) -> None:
