@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from chaos import faults, kills, report
+from chaos import faults, kills, report, table
 from chaos.kills import End, Kill, Settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -33,7 +33,14 @@ def main() -> int:
         "names", nargs="*", metavar="FAULT", help=f"default: all of {', '.join(faults.FAULTS)}"
     )
     meeting.add_argument("--side", choices=("bigtfm", "raw"), help="default: both")
+    writing = commands.add_parser("table", help="write what the faults came to into docs/reliability.md")
+    writing.add_argument("out", type=Path, help="folder of `chaos faults`")
+    writing.add_argument("document", type=Path)
     options = parser.parse_args()
+    if options.command == "table":
+        text = options.document.read_text(encoding="utf-8")
+        options.document.write_text(table.written_into(text, faults.read(options.out)), encoding="utf-8")
+        return 0
     if options.command == "faults":
         sides = [options.side] if options.side else ["bigtfm", "raw"]
         return run_faults(options.out, options.names or list(faults.FAULTS), sides)

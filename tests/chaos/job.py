@@ -94,6 +94,7 @@ def launch(
     """The same through the `deepspeed` launcher, in a session of its own; output goes to launcher.out."""
     program = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS)]
     program += ["--master_port", str(rank_runner.free_port()), str(script)]
+    args = args[args[0] == "train" :]  # launch/train.py is that command
     environ = os.environ | {
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         "OMP_NUM_THREADS": "1",
