@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bigtfm.data.indexed import Split, TokenDataset
     from bigtfm.data.loader import Loader
     from bigtfm.engine.distributed import Ranks
+    from bigtfm.resilience.signals import StopRequest
 
 CHUNK = 1_000_000  # tokens read at once
 UNIGRAM_TOKENS = 50_000_000  # tokens of each split that the baseline looks at
@@ -92,10 +93,13 @@ def num_windows(loader: Loader, max_tokens: int) -> int:
     return min(loader.num_samples, max(1, max_tokens // loader.seq_len))
 
 
-def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int, max_tokens: int) -> float:
+def validation_loss(
+    engine: Any, loader: Loader, ranks: Ranks, micro_batch: int, max_tokens: int, stop: StopRequest
+) -> float | None:
     """Mean loss in nats a token over the first windows of a split, the same at any number of ranks.
 
-    Every rank runs as many forwards as the others, since each gathers the weights together at ZeRO stage 3.
+    None: a rank was asked to stop, and it is cut short. Every rank runs as many forwards as the others, since
+    each gathers the weights together at ZeRO stage 3.
     """
     import torch
 
@@ -106,6 +110,9 @@ def validation_loss(engine: Any, loader: Loader, ranks: Ranks, micro_batch: int,
     with torch.no_grad():
         for turn in range(0, len(starts), ranks.world_size):
             ranks.pulse.enter("evaluate")
+            if any(ranks.sum([stop.signal])):
+                engine.train()
+                return None
             mine = turn + ranks.rank
             start = starts[min(mine, len(starts) - 1)]
             batch = loader.batch(start, min(micro_batch, windows - start)).to(ranks.device)

@@ -16,7 +16,7 @@ from bigtfm.evaluate import bits_per_byte, predicted_tokens
 from bigtfm.job import Job
 from bigtfm.mlflow_sender import read_json
 from bigtfm.planner.throughput import flops_per_token, peak_flops
-from bigtfm.tracking import MetricsLog, plot_curve, read_metrics
+from bigtfm.tracking import MetricsLog, iterate_metrics, plot_curve, read_metrics
 
 
 class Recorder:
@@ -62,12 +62,27 @@ class Recorder:
         row |= {"tokens": tokens, "tokens_per_second": rate, "seconds": seconds, "sample_digest": digest}
         if self._peak is not None:
             row["mfu"] = rate * self._flops / (self._peak.flops * self._job.resolved.world_size)
-        if (
-            "val_loss" in row and self._job.run.objective_kind == "causal_lm"
-        ):  # else not all bytes are predicted
-            row["val_bits_per_byte"] = self._bits_per_byte(row["val_loss"])
+        self._add_bits_per_byte(row)
         self._log.append(row)
         self._console.step(row)
+        self._show_evaluation(row, improved)
+
+    def late_evaluation(self, found: dict[str, Any], improved: bool) -> None:
+        """Completes the last row by the evaluation (val_loss) that a signal had cut short."""
+        *_, last = iterate_metrics(self._log.path)
+        row = last | found
+        self._add_bits_per_byte(row)
+        self._log.truncate_after(row["step"] - 1)
+        self._log.append(row)
+        self._show_evaluation(row, improved)
+
+    def _add_bits_per_byte(self, row: dict[str, Any]) -> None:
+        if "val_loss" in row and self._job.run.objective_kind == "causal_lm":  # else not all are predicted
+            split = self._job.dataset.split("validation")
+            bits = bits_per_byte(row["val_loss"], predicted_tokens(split), split.num_bytes)
+            row["val_bits_per_byte"] = bits
+
+    def _show_evaluation(self, row: dict[str, Any], improved: bool) -> None:
         if "val_loss" in row:
             self._console.evaluation(
                 row["step"], row["val_loss"], row.get("val_bits_per_byte"), best=improved
@@ -80,10 +95,6 @@ class Recorder:
     def went_back(self, step: int, cut: str) -> None:
         """Moves the rows behind `step` from metrics.jsonl into RUN/logs/`cut`."""
         self._log.truncate_after(step, cut=self._job.run.run_dir / "logs" / cut)
-
-    def _bits_per_byte(self, loss: float) -> float:
-        split = self._job.dataset.split("validation")
-        return bits_per_byte(loss, predicted_tokens(split), split.num_bytes)
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -96,6 +96,13 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
         lifeline.heeded(),
         told_when_out_of_memory(job, ranks, progress, lifeline),
     ):
+        if validation is not None and progress.unevaluated:
+            late: dict[str, Any] = {}
+            improved = evaluate(job, engine, validation, progress, late, ranks, lifeline)
+            if not late:
+                save_and_stop(job, progress, saver, ranks, lifeline)
+            if recorder is not None:
+                recorder.late_evaluation(late, improved)
         while progress.step < steps and not out_of_patience(run.eval.patience, progress):
             began = time.perf_counter()
             pulse.enter("data", step=progress.step + 1)
@@ -104,19 +111,17 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
             first = progress.samples + ranks.rank * micro_batch
             starts = range(first, first + stride * accumulation, stride)
             batches = reader.step(starts, micro_batch, stride * accumulation)
-            failed, labels, stop_asked, interrupted, orphaned = ranks.sum(
+            labels, stop_asked, failed = ranks.sum(
                 [
-                    saver.failed or verification.failed,
                     sum(batch.num_labels for batch in batches),
-                    *lifeline.stop.flags,
+                    lifeline.stop.signal,
+                    saver.failed or verification.failed,
                 ]
             )
             if failed:
                 end_for_storage(saver, verification, ranks)
             if stop_asked:
-                saver.save(progress)
-                saver.wait()
-                raise stopped(progress.step, run.run_dir, interrupted, orphaned)
+                save_and_stop(job, progress, saver, ranks, lifeline)
 
             loss_sum = torch.zeros((), device=ranks.device)
             for batch in batches:
@@ -151,9 +156,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
             last = progress.step == steps
             improved = False
             if validation is not None and (last or due(run.eval.every, progress.step)):
-                row["val_loss"] = validation_loss(engine, validation, ranks, micro_batch, run.eval.tokens)
-                numerics.require_finite(progress.step, "validation loss", row["val_loss"])
-                improved = note_evaluation(engine, progress, row["val_loss"], run.eval.min_delta)
+                improved = evaluate(job, engine, validation, progress, row, ranks, lifeline)
             pulse.enter("record")
             if recorder is not None:
                 rate = taken.num_tokens / seconds
@@ -169,6 +172,8 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
                 replicas.require_equal(engine, progress.step, ranks)
             if save:
                 saver.save(progress)
+            if progress.unevaluated:
+                save_and_stop(job, progress, saver, ranks, lifeline)
             lifeline.stepped()
         pulse.enter("end")
         last_checkpoint = finish(job, engine, progress, saver, ranks)
@@ -389,6 +394,35 @@ def note_spike(job: Job, progress: Progress, loss: float, recorder: Recorder | N
         recorder.warning(
             f"loss {loss:.4f} at step {progress.step}, and no checkpoint to go back to: it goes on"
         )
+def save_and_stop(job: Job, progress: Progress, saver: Saver, ranks: Ranks, lifeline: Lifeline) -> NoReturn:
+    """Grants what a signal, to any of the ranks, has asked for. Raises RequeueRequested."""
+    _, interrupted, orphaned = ranks.sum(lifeline.stop.flags)
+    saver.save(progress)
+    saver.wait()
+    raise stopped(progress.step, job.run.run_dir, interrupted, orphaned)
+
+
+def evaluate(
+    job: Job,
+    engine: Any,
+    validation: Loader,
+    progress: Progress,
+    row: dict[str, Any],
+    ranks: Ranks,
+    lifeline: Lifeline,
+) -> bool:
+    """Adds val_loss to the row, and says whether it is the best.
+
+    A signal cuts it short: `progress.unevaluated`; the next start makes up for it.
+    """
+    options, micro_batch = job.run.eval, engine.train_micro_batch_size_per_gpu()
+    loss = validation_loss(engine, validation, ranks, micro_batch, options.tokens, lifeline.stop)
+    progress.unevaluated = loss is None
+    if loss is None:
+        return False
+    numerics.require_finite(progress.step, "validation loss", loss)
+    row["val_loss"] = loss
+    return note_evaluation(engine, progress, loss, options.min_delta)
 
 
 def note_evaluation(engine: Any, progress: Progress, val_loss: float, min_delta: float) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import Hang, StorageProblem
 from bigtfm.config.sections import GuardSection
+from bigtfm.resilience import hub
 from bigtfm.resilience.lifeline import Lifeline, Restart
 from bigtfm.resilience.signals import stopped
 from bigtfm.resilience.supervisor import supervise
@@ -88,6 +89,7 @@ def misbehave(way: str) -> None:
 
 def main() -> int:
     RUN.mkdir(exist_ok=True)
+    hub.SILENT = float(os.environ.get("TOY_SILENT", hub.SILENT))
     launch = Launch.from_environment(os.environ)
     way = sys.argv[-1]
     return supervise(launch, RUN, GuardSection(), lambda *args: trainer(way, launch, *args))

@@ -54,6 +54,7 @@ class Progress:
     best_loss: float | None = None  # validation, nats a token
     best_step: int | None = None
     stale_evaluations: int = 0  # since the best one
+    unevaluated: bool = False  # the step's evaluation was cut short by a signal
     stream: dict[str, Any] | None = None  # where a streamed source stands (bigtfm/data/streaming.py)
     skipped: list[int] = field(default_factory=list)  # steps that were left out: not finite
     recent: list[float] = field(default_factory=list)  # losses that a spike stands out of

@@ -36,7 +36,7 @@ from bigtfm.resilience.signals import ORPHANED, Arrivals, install
 Trainer = Callable[[Lifeline, dict[str, Any]], None]
 _CLOSING = 5.0  # seconds that a trainer has to close what it has open, once it has said that it ends
 _ORPHANED = 30.0  # seconds to save once the launcher is gone
-_ASLEEP = 5.0  # seconds between two looks that mean that this process was stopped
+_ASLEEP = 2.0  # seconds between two looks that mean that this process was stopped
 
 
 def supervise(launch: Launch, run_dir: Path, guard: GuardSection, trainer: Trainer) -> int:

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+import many_runs
 import pytest
 import rank_runner
 import ranks_with_workers
@@ -23,6 +25,13 @@ SAVES = int(os.environ.get("CONSENSUS_SAVES", "3"))
 POLITE = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
+def slow_disk() -> None:
+    """`bigtfm` with a disk that takes a second to flush."""
+    flush = os.fsync
+    os.fsync = lambda file: (time.sleep(1.0), flush(file))[1]
+    rank_runner._bigtfm()
+
+
 class Ranks:
     """Two ranks, each a supervisor and a trainer with a data worker, of one run that goes on and on."""
 
@@ -32,9 +41,14 @@ class Ranks:
         self._supervisors: list[BaseProcess] = []
         self._everything: dict[int, str] = {}
 
-    def start(self, *overrides: str, ranks: int = 2) -> None:
-        args = [*self._args, *overrides]
-        self._supervisors = rank_runner.start(args, self.folder, ranks, program=ranks_with_workers.command)
+    def start(self, *overrides: str, program: Callable[[], None] = ranks_with_workers.command) -> None:
+        self._everything = {}
+        self._supervisors = rank_runner.start([*self._args, *overrides], self.folder, 2, program=program)
+
+    def start_first(self) -> None:
+        """Rank 0 of two, alone."""
+        environ = {"WORLD_SIZE": "2"}
+        self._supervisors = rank_runner.start(self._args, self.folder, 1, environ)
 
     def until_steps(self, more: int = 3) -> None:
         """Waits for so many further rows."""
@@ -139,3 +153,70 @@ def test_one_process_is_told_and_all_ranks_save_the_same_step(ranks: Ranks) -> N
             f"bigtfm: error: runs/run: saved at step {step} and stopped by {why}"
         ]
         assert len(ranks.rows) == step
+
+
+def told_in_evaluation() -> None:
+    """`bigtfm` whose rank 1 gets a signal as the evaluation after step 2 begins."""
+    import bigtfm.train
+
+    validation_loss = bigtfm.train.validation_loss
+
+    def interrupted(*args: Any) -> float | None:
+        if os.environ["RANK"] == "1" and len(losses(Path("runs/run"))) == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return validation_loss(*args)
+
+    bigtfm.train.validation_loss = interrupted
+    rank_runner._bigtfm()
+
+
+def test_an_evaluation_is_cut_short_and_made_up_for(ranks: Ranks, deepspeed_json: Json) -> None:
+    """Its result counts as if nothing had happened: for the lr, the best checkpoint, the metrics."""
+    schedule = {"type": "ReduceOnPlateau", "params": {"factor": 0.5, "patience": 0, "threshold": 0.5}}
+    deepspeed_json(stage=2, scheduler=schedule)
+    args = ["eval.every=1", "steps=4", "save.every=0", "data.workers=0"]
+    ranks.start(*args, "run.name=whole")
+    assert ranks.end(seconds=60) == ([0, 0], [])
+    ranks.start(*args, program=told_in_evaluation)
+    codes, said = ranks.end(seconds=60)
+    assert codes == [75, 75], said
+    assert "saved at step 2 and stopped by a signal" in said[0]
+    rows = many_runs.rows_of(ranks.run_dir)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert "val_loss" not in rows[-1]
+    ranks.start(*args)
+    assert ranks.end(seconds=60) == ([0, 0], [])
+    whole, cut = (
+        [
+            {key: row.get(key) for key in ("step", "loss", "lr", "val_loss", "val_bits_per_byte")}
+            for row in rows
+        ]
+        for rows in map(many_runs.rows_of, (ranks.folder / "runs/whole", ranks.run_dir))
+    )
+    assert cut == whole
+    assert whole[2]["lr"] < whole[1]["lr"], "the evaluation moves the lr"
+
+
+def test_a_save_in_flight_is_waited_for(ranks: Ranks) -> None:
+    ranks.start("save.every=2", "data.workers=0", program=slow_disk)
+    building = ranks.run_dir / "checkpoints/.building-step-00000002"
+    wait_for(building.exists)
+    ranks.send(signal.SIGTERM, "supervisor", 1)
+    codes, said = ranks.end(seconds=30)
+    assert codes == [75, 75], said
+    saved = sorted(path.name for path in (ranks.run_dir / "checkpoints").glob("step-*"))
+    assert saved[0] == "step-00000002"
+    assert f"saved at step {int(saved[-1][5:])} and stopped by a signal" in said[0]
+
+
+def test_the_rendezvous_is_left_at_once(ranks: Ranks) -> None:
+    """Rank 1 never comes; nobody waits half an hour for it."""
+    ranks.start_first()
+    wait_for(lambda: processes.children(ranks.pid("supervisor", 0)))
+    time.sleep(2)
+    ranks.send(signal.SIGINT, "supervisor", 0)
+    codes, said = ranks.end(seconds=5)
+    assert codes == [130]
+    assert [line.partition(". Fix")[0] for line in said] == [
+        "bigtfm: error: runs/run: stopped before the first step: there was nothing to save"
+    ]
