@@ -118,6 +118,12 @@ def known_cause(error: Exception) -> Problem | None:
             where="this machine",
             fix="use a smaller micro batch, sequence or model, or compute.recompute=full",
         )
+    if kind == "DistNetworkError" and "EADDRINUSE" in str(error):
+        return ConfigProblem(
+            "the ranks can't meet: another program has the port MASTER_PORT names",
+            where="environment",
+            fix="name a free one: deepspeed --master_port N, torchrun --master_port N, or MASTER_PORT=N",
+        )
     if kind in ("DistNetworkError", "DistStoreError"):  # torch.distributed's, when ranks meet
         return ConfigProblem(
             f"the ranks don't meet: {said}",

@@ -20,6 +20,8 @@ from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
 from bigtfm.resilience import collectives
 from bigtfm.resilience.pulse import Pulse
 
+_TRIES = 5  # ports of our own choice
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -108,9 +110,10 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30), pulse: Pul
     pulse = pulse or Pulse()
     pulse.enter("meet")
     collectives.note_in(pulse)  # before DeepSpeed takes them by name
-    if launch.world_size == 1 and "MASTER_PORT" not in os.environ:
-        alone = dict(zip(RENDEZVOUS, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
-        os.environ.update(alone)  # without them DeepSpeed looks for MPI
+    alone = launch.world_size == 1 and "MASTER_PORT" not in os.environ
+    if alone:
+        values = ("0", "1", "0", "127.0.0.1", str(_free_port()))
+        os.environ.update(zip(RENDEZVOUS, values, strict=True))  # without them DeepSpeed looks for MPI
     try:
         socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
     except socket.gaierror as error:
@@ -132,7 +135,14 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30), pulse: Pul
     if accelerator.device_name() != "cpu":
         _require_device(accelerator.device_count(), launch)
         accelerator.set_device(launch.local_rank)
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    for left in reversed(range(_TRIES)):
+        try:
+            deepspeed.init_distributed(timeout=timeout, verbose=False)
+            break
+        except torch.distributed.DistNetworkError:
+            if not alone or not left:  # a port that we chose may be taken by now
+                raise
+            os.environ["MASTER_PORT"] = str(_free_port())
     control, second = (torch.distributed.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return Ranks(launch, torch.device(accelerator.current_device_name()), control, second, pulse)
 
