@@ -45,6 +45,8 @@ def trainer(way: str, launch: Launch, lifeline: Lifeline, changes: dict[str, Any
     with lifeline.heeded():
         while step < 1000:
             step += 1
+            assert lifeline.pulse is not None
+            lifeline.pulse.enter("forward", step=step)
             write(Path(f"steps-{launch.rank}"), str(step))
             time.sleep(0.02)
             if step == 5 and launch.rank == launch.world_size - 1 and not changes:
