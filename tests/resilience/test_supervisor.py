@@ -104,8 +104,8 @@ ENDS = {
     ),
     "segfault": (
         79,
-        "bigtfm: error: rank {}: was killed by signal 11 (SIGSEGV) in forward at step 5 (LINE). Fix: a native "
-        "library did wrong: see the "
+        "bigtfm: error: rank {}: was killed by signal 11 (SIGSEGV) in forward at step 5 (LINE). Fix: a "
+        "native library did wrong: see the "
         f"lines above, undo what was installed last, then {RESUMES}",
     ),
 }
