@@ -394,6 +394,8 @@ def note_spike(job: Job, progress: Progress, loss: float, recorder: Recorder | N
         recorder.warning(
             f"loss {loss:.4f} at step {progress.step}, and no checkpoint to go back to: it goes on"
         )
+
+
 def save_and_stop(job: Job, progress: Progress, saver: Saver, ranks: Ranks, lifeline: Lifeline) -> NoReturn:
     """Grants what a signal, to any of the ranks, has asked for. Raises RequeueRequested."""
     _, interrupted, orphaned = ranks.sum(lifeline.stop.flags)
