@@ -146,6 +146,7 @@ def _start(loader: MakesBatches, workers: int) -> list[_Worker]:
     if not workers:
         return []
     context = get_context("forkserver")  # forks of a process that has imported torch once and has no threads
+    os.environ["BIGTFM_PARENT"] = str(os.getpid())  # for the first of these two
     context.set_forkserver_preload(["bigtfm.resilience.dies_with_parent", __name__])
     pickled = pickle.dumps(loader)
     started: list[_Worker] = []

@@ -108,8 +108,10 @@ def kill_while_saving(side: Side) -> Seen:
     whole = _whole(side, options)
     line = ""
     for turn in range(KILLS):
+        file = side.saved / "latest"
+        latest = file.stat().st_size if file.exists() else -1
         ranks = side.start(options)
-        came = side.wait_for_step(reached + 2, ranks)
+        came = side.wait_for_rows(2, reached, ranks)
         time.sleep(draw.uniform(0, 0.05))
         victims = draw.choice((ranks[:1], ranks[1:], ranks))
         processes.kill([process for rank in victims for process in _of_rank(rank.pid or 0)])
@@ -120,6 +122,8 @@ def kill_while_saving(side: Side) -> Seen:
             _repair(side)
         elif turn and _went_on_from(ended) == 0:
             from_zero += 1
+            line = f"`latest` had {latest} bytes" if side.name == "raw" else line
+            _repair(side)
         reached = min(max(side.newest(), 0), options.steps - 10)
     differ = _differing(side, whole)
     resumes = f"{failed} resumes fail, {from_zero} start at step 0"
@@ -133,13 +137,12 @@ def _of_rank(pid: int) -> list[int]:
 
 
 def _repair(side: Side) -> None:
-    """What a user does by hand: `latest` names the checkpoint before."""
-    tags = sorted(side.saved.glob("global_step*"), key=lambda path: int(path.name[11:]))
+    """What a user does by hand: `latest` names the newest checkpoint but the one that it named in vain."""
+    named = side.saved / f"global_step{side.newest()}"
+    tags = [path for path in side.saved.glob("global_step*") if path != named]
     if side.name == "raw" and tags:
-        broken = f"global_step{side.newest()}"
-        shutil.rmtree(side.saved / broken, ignore_errors=True)
-        left = [path for path in tags if path.name != broken]
-        (side.saved / "latest").write_text(left[-1].name if left else "")
+        newest = max(tags, key=lambda path: int(path.name[11:]))
+        (side.saved / "latest").write_text(newest.name)
 
 
 def kill_one_rank(side: Side) -> Seen:
@@ -396,8 +399,8 @@ FAULTS: dict[str, Fault] = {
     "shard-gone": Fault("that file deleted", _damaged(delete_shard)),
     "latest-garbage": Fault("garbage in the file `latest`", _damaged(garbage_in_latest)),
     "latest-gone": Fault("`latest` deleted", _damaged(no_latest)),
-    "pickle": Fault("a crafted pickle in a checkpoint", crafted_pickle),
-    "full-disk": Fault("no room while saving", full_disk),
+    "pickle": Fault("a crafted pickle in a checkpoint (bigtfm's manifest signed anew)", crafted_pickle),
+    "full-disk": Fault("no room while saving (files may not grow beyond 40,000 bytes)", full_disk),
     "mlflow": Fault("MLflow refuses connections", dead_mlflow),
     "second-start": Fault("the same command started twice", second_start),
     **{

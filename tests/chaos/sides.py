@@ -136,6 +136,20 @@ class Side:
     def reached(self) -> int:
         return max(self.losses(), default=0)
 
+    def wait_for_rows(self, number: int, saved: int, ranks: Sequence[Any], seconds: float = 150) -> bool:
+        """Whether a start logged so many steps (bigtfm: beyond the `saved` one); False as wait_for_step."""
+        rows = self.run_dir / "metrics.jsonl"
+        inode = rows.stat().st_ino if rows.exists() else 0  # a resume puts a shorter file in its place
+        before = _text(self.run_dir / "losses.jsonl").count("\n")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and all(_alive(rank) for rank in ranks):
+            now = _text(self.run_dir / "losses.jsonl").count("\n")
+            anew = rows.exists() and rows.stat().st_ino != inode
+            if (now - before if self.name == "raw" else anew and self.reached() - saved) >= number:
+                return True
+            time.sleep(0.005)
+        return False
+
     def wait_for_step(self, step: int, ranks: Sequence[Any], seconds: float = 150) -> bool:
         """Whether it came that far; False as soon as a rank (or the launcher) has ended."""
         deadline = time.monotonic() + seconds
