@@ -44,7 +44,7 @@ JSON: list[tuple[str, Any, str]] = [
     (
         "optimizer.params.lr",
         "1e-5",
-        'optimizer.params.lr must be a number > 0, not "1e-5". Fix: write 1e-5 without',
+        'optimizer.params.lr must be a number > 0 and <= 1e+30, not "1e-5". Fix: write 1e-5 without',
     ),
     ("train_batch_size", "16", "write 16 without quotes"),
     ("bf16.enabled", "true", "write true without quotes"),
@@ -64,7 +64,7 @@ JSON: list[tuple[str, Any, str]] = [
     ("gradient_clipping", -1, "gradient_clipping must be a number >= 0, not -1"),
     ("optimizer.params.lr", 0, "must be a number > 0"),
     ("optimizer.params.lr", -1e-3, "must be a number > 0"),
-    ("optimizer.params.lr", float("nan"), "optimizer.params.lr must be a number > 0, not nan"),
+    ("optimizer.params.lr", float("nan"), "optimizer.params.lr must be a number > 0 and <= 1e+30, not nan"),
     ("optimizer.params.weight_decay", float("inf"), "not inf"),
     ("train_micro_batch_size_per_gpu", 0, "whole number >= 1, not 0"),
     ("zero_optimization.stage", 4, "must be one of 0, 1, 2, 3, not 4"),
@@ -245,7 +245,7 @@ TEXTS = {
     "deep": ("[" * 100_000, "nested too deeply"),
     "overflow": (
         json.dumps(VALUES).replace("0.002", "1e999"),
-        "optimizer.params.lr must be a number > 0, not inf",
+        "optimizer.params.lr must be a number > 0 and <= 1e+30, not inf",
     ),
     "many digits": ('{"train_batch_size": ' + "9" * 5000 + "}", "can't be read"),
 }
