@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import NoCheckpoint
+from bigtfm.config.problems import DataProblem, NoCheckpoint
 from bigtfm.data.indexed import Split
 from bigtfm.data.loader import Batch, Loader, TokenStream
 from bigtfm.data.objectives import make_objective
-from bigtfm.data.order import InOrder, Order, Windows, digest
+from bigtfm.data.order import MAX_SIZE, InOrder, Order, Windows, digest
 from bigtfm.data.prefetch import Prefetcher
 from bigtfm.data.streaming import StreamedTokens
 from bigtfm.data.verification import Verification
@@ -76,6 +76,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     if validation is not None:
         require_labels(validation, run.eval.tokens)
     progress, probe = resume(job, engine, ranks)
+    require_samples(job, progress)
     stream = loader.stream if isinstance(loader.stream, StreamedTokens) else None
     if stream is not None:
         start_stream(job, stream, progress, ranks)
@@ -265,6 +266,23 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
     return progress, probe
 
 
+def require_samples(job: Job, progress: Progress) -> None:
+    """Raises DataProblem where what was left out after spikes is more than the sources had to spare."""
+    resolved, there = job.resolved, job.order.num_samples
+    if not progress.spikes or there == MAX_SIZE:
+        return
+    left = resolved.steps - progress.step
+    needed = spikes.end(progress.samples, left, resolved.global_batch, progress.spikes)
+    if needed > there:
+        raise DataProblem(
+            f"data.sources have {there} sequences within their max_epochs; {resolved.steps} steps need "
+            f"{needed} with those left out after spikes of the loss",
+            where="run config",
+            fix="start again with fewer run.steps or a smaller guard.spike_skip; or with larger max_epochs "
+            "and resume.allow=data",
+        )
+
+
 def fresh_probe(job: Job, ranks: Ranks) -> Probe | None:
     """The first short sample of the data set in which something is to be predicted; None: of 64 none is."""
     run, split = job.run, job.dataset.split("train")
@@ -319,9 +337,10 @@ def find_culprit(
     own_loss: this rank's, of the step itself.
 
     Raises:
-        NumericsProblem: it is a weight.
+        NumericsProblem: it is a weight, or some ranks have applied the step.
     """
     ranks.pulse.enter("record")
+    numerics.require_agreement(step, ranks.gather(engine.was_step_applied()))
     numerics.require_finite_weights(step, ranks.gather(gradients.broken_weights(engine)))
     watch = numerics.Watch()
     with watch.hooks(engine.module):
@@ -363,6 +382,7 @@ def go_back(
 
     Raises:
         NumericsProblem: it is one spike too many.
+        DataProblem: too few sequences are left.
     """
     guard, step = job.run.guard, progress.step
     if len(progress.spikes) >= guard.spikes:
@@ -375,6 +395,7 @@ def go_back(
         step, progress.samples, (before.step, before.samples), job.resolved.global_batch, guard
     )
     before.spikes = [*progress.spikes, found]
+    require_samples(job, before)
     saver.went_back(before.step)
     if stream is not None:
         start_stream(job, stream, before, ranks)

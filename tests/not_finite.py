@@ -2,17 +2,18 @@
 
 PLACE-VALUE-WHEN-TURN-...: `value` is put into the loss, a gradient or a weight of rank 1 at step 2 ("once",
 "transient") or from it on ("always"), in a micro-batch. What is due is decided by the samples that a forward
-gets, so a step that is run again is struck again; "transient" strikes once. "none" leaves all as it is.
+gets, so a step that is run again is struck again; "transient" strikes once. "none" leaves all as it is;
+"reduced" is the gradient behind the sum over ranks; in a setting "control" we do not look at gradients.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import rank_runner
 
 STEP, SEQ_LEN, GLOBAL_BATCH = 2, 32, 8
 PARAMETER = "layers.1.mlp.down.weight"
@@ -22,7 +23,7 @@ class Fault:
     """Of one run."""
 
     def __init__(self, name: str) -> None:
-        self.place, value, self.when, turn, *_ = name.split("-")
+        self.place, value, self.when, turn, self.setting, *_ = name.split("-")
         self.value, self.turn = float(value), int(turn)  # micro-batch of the step
         self.done = self.active = False
         self.before: dict[str, Any] = {}  # what the rank held before the last step
@@ -56,14 +57,16 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
-def break_engine(fault: Fault, untouched: list[bool]) -> None:
-    """Wraps what train calls. untouched: after each step left out, whether all was as before it."""
+@contextmanager
+def broken(job: Any) -> Iterator[dict[str, Any]]:
+    """Wraps what train calls. Yields "untouched": after each step left out, whether all was as before it."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from bigtfm import train as module
-    from bigtfm.engine import fragments
+    from bigtfm.engine import fragments, gradients
 
-    forward, find = DeepSpeedEngine.forward, module.find_culprit
+    fault, untouched = Fault(job.run.run.name), list[bool]()
+    forward, find, last_look = DeepSpeedEngine.forward, module.find_culprit, gradients._last_look
     rank = int(os.environ["RANK"])
 
     def poison(gradient: Any) -> Any:
@@ -100,36 +103,19 @@ def break_engine(fault: Fault, untouched: list[bool]) -> None:
         untouched.append(same(before, held(engine)))
         return culprit
 
+    def broken_look(engine: Any, ranks: Any) -> float | None:
+        if fault.place == "reduced" and engine.global_steps + 1 == STEP and rank == 1:
+            next(engine.module.parameters()).grad.view(-1)[0] = fault.value
+        return None if fault.setting == "control" else last_look(engine, ranks)
+
     DeepSpeedEngine.forward, module.find_culprit = broken_forward, found
+    gradients._last_look = broken_look
+    try:
+        yield {"untouched": untouched}
+    finally:
+        DeepSpeedEngine.forward, module.find_culprit, gradients._last_look = forward, find, last_look
 
 
 def train_jobs() -> None:
-    """Trains each job in the same processes and writes how it ended to RUN/outcome-RANK.json."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    from bigtfm import recorder
-    from bigtfm import train as module
-    from bigtfm.config.launch import Launch
-    from bigtfm.config.problems import Problem
-    from bigtfm.engine import distributed
-    from bigtfm.job import check_job
-
-    gc.freeze()  # stage 3 collects garbage when it is built: a second, for all that is imported
-    recorder.plot_curve = lambda run_dir: run_dir / "curve.png"
-    recorder.peak_flops = lambda *_: None
-    launch = Launch.from_environment(os.environ, None)
-    ranks = distributed.start(launch)
-    real = DeepSpeedEngine.forward, module.find_culprit
-    for deepspeed_json, *overrides in json.loads(sys.argv[1]):
-        job = check_job(None, Path(deepspeed_json), overrides, launch.world_size)
-        untouched: list[bool] = []
-        break_engine(Fault(job.run.run.name), untouched)
-        code, line = 0, ""
-        try:
-            module.train(job, launch, ranks)
-        except Problem as problem:
-            code, line = problem.exit_code, problem.line
-        DeepSpeedEngine.forward, module.find_culprit = real
-        outcome = {"code": code, "line": line, "untouched": untouched}
-        (job.run.run_dir / f"outcome-{launch.rank}.json").write_text(json.dumps(outcome))
-    ranks.close()
+    """The program."""
+    rank_runner.train_broken_jobs(broken)

@@ -6,14 +6,17 @@ of it, so nothing leaks from one run to the next.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
@@ -150,3 +153,37 @@ def train_jobs() -> None:
     for deepspeed_json, *overrides in json.loads(sys.argv[1]):
         train(check_job(None, Path(deepspeed_json), overrides, launch.world_size), launch, ranks)
     ranks.close()
+
+
+def train_broken_jobs(broken: Callable[[Any], AbstractContextManager[dict[str, Any]]]) -> None:
+    """A program as `train_jobs`, but each job may end in a Problem; how, it writes to RUN/outcome-RANK.json.
+
+    broken: of a job; what it breaks holds until the job has ended, what it yields is written, too.
+    """
+    from bigtfm import recorder
+    from bigtfm import train as module
+    from bigtfm.config.launch import Launch
+    from bigtfm.config.problems import Problem
+    from bigtfm.engine import distributed
+    from bigtfm.job import check_job
+
+    gc.freeze()  # stage 3 collects garbage when it is built: a second, for all that is imported
+    recorder.plot_curve = lambda run_dir: run_dir / "curve.png"
+    recorder.peak_flops = lambda *_: None
+    launch = Launch.from_environment(os.environ, None)
+    ranks = distributed.start(launch)
+    for deepspeed_json, *overrides in json.loads(sys.argv[1]):
+        job = check_job(None, Path(deepspeed_json), overrides, launch.world_size)
+        outcome: dict[str, Any] = {"code": 0, "line": ""}
+        with broken(job) as found:
+            try:
+                module.train(job, launch, ranks)
+            except Problem as problem:
+                outcome = {"code": problem.exit_code, "line": problem.line}
+        (job.run.run_dir / f"outcome-{launch.rank}.json").write_text(json.dumps(outcome | found))
+    ranks.close()
+
+
+def outcomes_of(run_dir: Path, world_size: int = 2) -> list[dict[str, Any]]:
+    """What `train_broken_jobs` has written, by rank."""
+    return [json.loads((run_dir / f"outcome-{rank}.json").read_text()) for rank in range(world_size)]

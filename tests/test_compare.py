@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from bigtfm.compare.difference import Comparison, compare, relative
 from bigtfm.compare.report import draw, verdict
 from bigtfm.compare.runs import read_run
 from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
+from bigtfm.resilience.events import note
 
 BIGTFM = Path(sys.executable).with_name("bigtfm")
 STEPS = 12
@@ -166,6 +168,28 @@ def test_one_digest_that_contradicts_its_losses(doctored: Callable[..., Comparis
     c = doctored(change)
     assert verdict(c) == "differ from step 5 on: other samples"
     assert likely_cause(c)[0].startswith("step 5 alone, and the losses agree: that row was altered")
+
+
+def test_a_step_that_one_run_left_out(doctored: Callable[..., Comparison]) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[6] |= {"loss": math.nan, "skipped": True}
+
+    said = "B left out step 7, whose loss or gradient was not finite (its events.jsonl says why)"
+    assert likely_cause(doctored(change)) == (said, ())
+
+
+def test_a_run_that_went_back_after_a_spike(doctored: Callable[..., Comparison], tmp_path: Path) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        note(tmp_path / "copy", "spike", step=9, back_to=6, first_sample=56, end_sample=72, loss=9.0)
+        for row in rows[6:]:
+            row["sample_digest"] = hashlib.sha256(row["sample_digest"].encode()).hexdigest()[:16]
+            row["rewinds"] = 1
+
+    c = doctored(change)
+    assert c.step == 7
+    assert likely_cause(c)[0] == (
+        "B went back from step 9 to step 6 when its loss had jumped, and left out samples 56 to 71"
+    )
 
 
 def test_other_samples_from_a_step_on_where_a_process_began(doctored: Callable[..., Comparison]) -> None:

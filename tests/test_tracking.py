@@ -250,6 +250,15 @@ def test_every_row_arrives_once_in_one_mlflow_run_across_lost_answers_and_a_resu
     assert stored_steps(database) == list(range(1, 81))
     assert select(database, "SELECT status FROM runs") == [("KILLED",)]
 
+    # Gone back from step 80 to 70 after a spike: its rows 71 to 75 are news, although 80 were sent.
+    back = MetricsLog(log)
+    back.truncate_after(70)
+    back.close()
+    write_rows(log, 71, 75, rewinds=1)
+    assert sync(run_dir) == run_id
+    assert stored_steps(database) == sorted([*range(1, 81), *range(71, 76)])
+    assert select(database, "SELECT count(*) FROM metrics WHERE key = 'rewinds'") == [(0,)]
+
 
 class Broken(http.server.BaseHTTPRequestHandler):
     """Answers every request with 500."""

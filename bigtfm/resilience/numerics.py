@@ -130,6 +130,22 @@ def in_a_row(step: int, skipped: Sequence[int]) -> int:
     return count
 
 
+def require_agreement(step: int, applied: Sequence[bool]) -> None:
+    """Raises NumericsProblem when some ranks have left a step out and others have not.
+
+    applied: by rank. At stage 0 in fp32 each rank judges by itself the gradients that all have.
+    """
+    if any(applied):
+        out = [rank for rank, applies in enumerate(applied) if not applies]
+        raise NumericsProblem(
+            f"the gradients, which are all ranks' sum, are not finite on rank {listed(out)} alone: memory "
+            "or a device failed",
+            where=f"step {step}",
+            fix="start the same command again: it resumes from the last checkpoint; if it happens again, "
+            "take that machine out",
+        )
+
+
 def require_finite_weights(step: int, broken: Sequence[tuple[Sequence[str], Sequence[str]]]) -> None:
     """Raises NumericsProblem when a rank has a weight that is not finite.
 

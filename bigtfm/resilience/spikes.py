@@ -59,6 +59,13 @@ def position(samples: int, spikes: Sequence[dict[str, Any]]) -> int:
     return samples
 
 
+def end(samples: int, steps: int, global_batch: int, spikes: Sequence[dict[str, Any]]) -> int:
+    """How many samples a run is through, with those left out, after `steps` more."""
+    for _ in range(steps):
+        samples = position(samples, spikes) + global_batch
+    return samples
+
+
 def lr_factor(step: int, spikes: Sequence[dict[str, Any]]) -> float:
     """What the schedule's lr is multiplied by in this step."""
     return math.prod(found["lr"] for found in spikes if step > found["back_to"])
