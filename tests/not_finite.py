@@ -106,7 +106,7 @@ def broken(job: Any) -> Iterator[dict[str, Any]]:
     def broken_look(engine: Any, ranks: Any) -> float | None:
         if fault.place == "reduced" and engine.global_steps + 1 == STEP and rank == 1:
             next(engine.module.parameters()).grad.view(-1)[0] = fault.value
-        return None if fault.setting == "control" else last_look(engine, ranks)
+        return 0.0 if fault.setting == "control" else last_look(engine, ranks)
 
     DeepSpeedEngine.forward, module.find_culprit = broken_forward, found
     gradients._last_look = broken_look

@@ -178,7 +178,7 @@ def test_without_our_look_fp32_at_stage_0_trains_on_it(runs: Path) -> None:
     """The control."""
     assert outcomes_of(runs / CONTROL)[0]["untouched"] == []
     assert not any(row.get("skipped") for row in rows_of(runs / CONTROL)[:BAD])
-    assert "is not finite" in outcomes_of(runs / CONTROL)[0]["line"]
+    assert "step 2: after the update the loss of the probe is nan" in outcomes_of(runs / CONTROL)[0]["line"]
 
 
 def test_a_finished_run_started_again_says_the_same(runs: Path, tiny_data: Path, tmp_path: Path) -> None:
