@@ -72,6 +72,7 @@ class Verdict:
     where: str
     what: str
     fix: str
+    meanwhile: str = ""  # what helps as long as the job runs
 
     @property
     def proven(self) -> bool:
@@ -111,9 +112,10 @@ def _gone(report: Report, found: Sequence[Report]) -> Verdict:
 def _stopped(report: Report, found: Sequence[Report]) -> Verdict:
     how = "stopped by a signal (SIGSTOP)" if report.state == "T" else "held by a debugger"
     what = f"{how} for {report.seconds:.0f} s {report.when} ({place(report)})"
-    fix = f"find out who stops it (Ctrl-Z, a suspended job; kill -CONT {report.pid} lets it go on); "
     return Verdict(
-        *("stopped", report.rank, report.name, _joined(what, _others(found, but=report.rank)), fix + _RESUMES)
+        *("stopped", report.rank, report.name, _joined(what, _others(found, but=report.rank))),
+        fix=f"find out who stops it (Ctrl-Z, a suspended job); {_RESUMES}",
+        meanwhile=f"kill -CONT {report.pid} lets it go on" if report.state == "T" else "",
     )
 
 

@@ -21,7 +21,7 @@ TICK = 2.0  # most seconds that count between two looks: a suspended supervisor 
 AGAIN = 5.0  # seconds between two questions to all ranks
 WINDOW, STEPS = 10.0, 3  # least seconds and steps by which stragglers are judged
 STRAGGLER_EVERY = 60.0  # least seconds between two notes
-STRAGGLER_FLOOR = 0.01  # seconds a step that a straggler must take more than the median
+STRAGGLER_FLOOR = 0.05  # seconds a step that a straggler must take more than the median
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,14 @@ class Watch:
         )
 
     def report(self, pid: int) -> Report:
-        """All about the trainer `pid`. Takes up to two seconds."""
+        """All about the trainer `pid`. Takes up to two seconds.
+
+        A stopped one shows its stacks only when its time is over: it has to go on for a moment to do so, and
+        its time would begin anew.
+        """
         reading, state = self._pulse.read(), stacks.state(pid)
-        text = stacks.of(pid)
+        _, limit = self._patience(reading.times[reading.phase])
+        text = "" if state == "T" and self._seconds < limit else stacks.of(pid)
         workers = {worker: stacks.of(worker, timeout=0.5) for worker in stacks.descendants(pid)}
         main_threads = (stacks.threads(said)[:1] for said in workers.values())
         calls = self._pulse.collectives()
@@ -137,7 +142,8 @@ class Doctor:
         if self._moment() not in self._named:
             self._named.add(self._moment())
             events.note(self._run_dir, "slow rank", kind=verdict.kind, rank=verdict.rank, what=verdict.what)
-            self._say(f"note: {verdict.where}: {verdict.what}{self._until(verdict)}")
+            meanwhile = f"; {verdict.meanwhile}" if verdict.meanwhile else ""
+            self._say(f"note: {verdict.where}: {verdict.what}{meanwhile}{self._until(verdict)}")
         return None
 
     def explain(self, reports: Sequence[Report | None]) -> Hang | None:

@@ -251,9 +251,10 @@ def test_lines_word_for_word() -> None:
     )
     stopped = [busy[0], replace(busy[1], state="T")]
     assert diagnose(stopped).fix == (
-        "find out who stops it (Ctrl-Z, a suspended job; kill -CONT 4712 lets it go on); start the same "
-        "command again: it resumes from the last checkpoint"
+        "find out who stops it (Ctrl-Z, a suspended job); start the same command again: it resumes from the "
+        "last checkpoint"
     )
+    assert diagnose(stopped).meanwhile == "kill -CONT 4712 lets it go on"
     debugged = diagnose([busy[0], replace(busy[1], state="t")])
     assert debugged.what.startswith(
         "held by a debugger for 12 s in data at step 7 (bigtfm/train.py:0, in train)"

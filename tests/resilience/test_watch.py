@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +52,30 @@ def test_a_suspended_machine_or_a_stopped_job_is_not_a_hang() -> None:
     supervisor.beat(0.0)
     supervisor.beat(1.0)
     assert supervisor.beat(50_000.0).seconds <= 3.0  # nobody looked in between, and nobody can tell
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_a_stopped_trainer_stays_stopped_until_its_time_is_over() -> None:
+    """Stacks of a stopped process cost it a moment of life: each look would give it new time, for ever."""
+    program = "from bigtfm.resilience import stacks; stacks.register(); print(flush=True); input()"
+    pulse = Pulse()
+    for step in (1, 2, 3):
+        train_a_step(pulse, step)
+    eye = watch(pulse, hang_seconds=30.0)
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout is not None
+        trainer.stdout.readline()
+        os.kill(trainer.pid, signal.SIGSTOP)
+        for second in range(22):
+            eye.beat(float(second))
+        early = eye.report(trainer.pid)
+        assert (early.state, early.seconds, early.threads) == ("T", 21.0, ())
+        for second in range(22, 33):
+            eye.beat(float(second))
+        late = eye.report(trainer.pid)
+        assert late.threads, "at the end it is seen where it stood"
+        trainer.kill()
 
 
 def test_what_is_done_for_the_first_time_has_longer() -> None:
