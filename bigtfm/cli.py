@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bigtfm import __version__
-from bigtfm.config.problems import ConfigProblem, Problem, known_cause
+from bigtfm.config.problems import ConfigProblem, Problem, known_cause, say
 
 SILENCE = 5.0  # seconds; launchers notice an end within one
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, whichever click this typer brings
@@ -84,7 +84,7 @@ def one_line() -> Iterator[None]:
             raise
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SILENCE)
-    print(f"bigtfm: {problem.line}", file=sys.stderr, flush=True)
+    say(problem.line)
     raise SystemExit(problem.exit_code)
 
 

@@ -28,7 +28,10 @@ def require_same_on_all(job: Job, ranks: Ranks) -> None:
         DataProblem: a rank has another data set or tokenizer than rank 0.
         ConfigProblem: anything else that decides the curve is another there.
     """
-    mine = identity(job) | {"steps": job.resolved.steps, "micro_batch": job.resolved.micro_batch}
+    run, resolved = job.run, job.resolved
+    mine = identity(job) | {name: getattr(resolved, name) for name in ("steps", "micro_batch", "precision")}
+    mine |= {"ZeRO stage": resolved.zero_stage}
+    mine |= run.model_dump(mode="json", include={"eval", "save", "guard", "compute"})
     (_, first), *others = ranks.gather((socket.gethostname(), mine))
     for rank, (host, other) in enumerate(others, 1):
         for part in first:

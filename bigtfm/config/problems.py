@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar
@@ -137,6 +139,16 @@ def known_cause(error: Exception) -> Problem | None:
             fix="see what that rank said; then start the same command again: it resumes",
         )
     return None
+
+
+def say(line: str) -> None:
+    """A line on stderr. A terminal, pipe or disk that does not take it is no reason to end anything."""
+    if sys.stderr is None:
+        return
+    try:
+        print(f"bigtfm: {line}", file=sys.stderr, flush=True)
+    except OSError:  # what is kept for a later flush would change the exit code
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

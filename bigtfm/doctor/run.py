@@ -44,7 +44,7 @@ def examine_run(run_dir: Path) -> list[Finding]:
     A directory that is no run's is an error of one line.
     """
     if not run_dir.is_dir() or not any(
-        (run_dir / name).exists() for name in ("resolved.json", "checkpoints")
+        (run_dir / name).exists() for name in ("resolved.json", "checkpoints", "failure.json", ".lock")
     ):
         fix = "pass the directory of a run, for example runs/quickstart"
         what = "holds no run" if run_dir.is_dir() else "is not there"
@@ -97,6 +97,9 @@ def judge(run_dir: Path, standing: Standing) -> Finding:
             f"ended at {place} with exit code {code}: {said}",
             f"{standing.failure.get('fix')}; {command}",
         )
+    if (run_dir / "failure.json").exists():
+        fix = f"free space, or see why nothing can be written there; then {command}"
+        return error("run", f"ended at {place}, and could not even write why: a full disk?", fix)
     if steps and standing.step >= steps:
         return ok("run", f"came to its end: {place}")
     if _out_of_patience(run_dir, standing.resolved):
@@ -162,8 +165,9 @@ def check_checkpoints(run_dir: Path, standing: Standing) -> list[Finding]:
     """The newest that verifies, and those that do not."""
     found = steps_in(run_dir / "checkpoints")
     if not found:
-        status = warning if standing.owner or not standing.step else error
-        return [status("checkpoints", "none: it begins anew", "save more often (save.every)")]
+        if standing.owner or not standing.step:
+            return [ok("checkpoints", "none yet")]
+        return [error("checkpoints", "none: it begins anew", "save more often (save.every)")]
     damaged, sound = [], None
     for step, folder in found.items():
         large = sum(path.stat().st_size for path in folder.glob("*")) > HASHED

@@ -21,7 +21,6 @@ import math
 import os
 import re
 import stat
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -32,7 +31,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
-from bigtfm.config.problems import NoCheckpoint, StorageProblem
+from bigtfm.config.problems import NoCheckpoint, StorageProblem, say
 from bigtfm.engine import fragments, storage
 from bigtfm.sealed import seal, unseal
 
@@ -308,7 +307,7 @@ def newest(root: Path, ranks: Ranks | None = None) -> Path | None:
         problem = _found_defect(checkpoint, ranks)
         if problem is None:
             if defects and (ranks is None or ranks.rank == 0):
-                print(f"bigtfm: note: passed over {'; '.join(defects)}", file=sys.stderr)
+                say(f"note: passed over {'; '.join(defects)}")
             return checkpoint
         if ranks is None and not checkpoint.exists():  # a training has put a newer one in its place
             return newest(root)

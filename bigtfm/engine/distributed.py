@@ -116,9 +116,10 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30), pulse: Pul
         os.environ.update(zip(RENDEZVOUS, values, strict=True))  # without them DeepSpeed looks for MPI
     try:
         socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:
+        why = getattr(error, "strerror", "no host name")
         raise ConfigProblem(
-            f"MASTER_ADDR {os.environ['MASTER_ADDR']} can't be resolved ({error.strerror})",
+            f"MASTER_ADDR {os.environ['MASTER_ADDR']} can't be resolved ({why})",
             where="environment",
             fix="set MASTER_ADDR to the host name or address of rank 0's machine",
         ) from None

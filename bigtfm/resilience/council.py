@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import Hang, RequeueRequested
+from bigtfm.config.problems import Hang, RequeueRequested, say
 from bigtfm.config.sections import GuardSection
 from bigtfm.resilience.diagnosis import Report
 from bigtfm.resilience.events import note
@@ -54,7 +53,7 @@ class Council:
             try:
                 self._hub = Hub(os.environ.get("MASTER_ADDR", "127.0.0.1"))
                 selector.register(self._hub, EVENT_READ)
-            except OSError:
+            except (OSError, UnicodeError):
                 pass  # the trainer says what is wrong with that address
 
     @property
@@ -140,7 +139,7 @@ class Council:
 
     def _say(self, line: str) -> None:
         if self._rank == 0 or self._met:
-            print(f"bigtfm: {line}", file=sys.stderr, flush=True)
+            say(line)
 
     def _beat(self, now: float, pid: int) -> None:
         """The second's news of this rank, and what the doctor makes of those of all."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bigtfm.config.problems import say
 
 EVENTS = "events.jsonl"
 
@@ -33,7 +34,7 @@ def note(run_dir: Path, event: str, **details: Any) -> None:
 def tell(run_dir: Path, event: str, line: str, **details: Any) -> None:
     """`note`, and a line on stderr for whoever watches."""
     note(run_dir, event, **details)
-    print(f"bigtfm: note: {line}", file=sys.stderr, flush=True)
+    say(f"note: {line}")
 
 
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:

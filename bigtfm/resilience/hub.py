@@ -78,6 +78,8 @@ class Hub:
                 self._let_in()
                 continue
             peer: Peer = key.data
+            if peer not in self._peers:  # has just made room for another
+                continue
             for message in peer.lines.read():
                 peer.heard = time.monotonic()
                 if peer.rank >= 0:
@@ -116,16 +118,20 @@ class Hub:
     def _let_in(self) -> None:
         with suppress(OSError):
             connection, _ = self._door.accept()
-            if len(self._peers) - len(self.peers) >= _STRANGERS:
-                connection.close()
-                return
+            strangers = [peer for peer in self._peers if peer.rank < 0]
+            if len(strangers) >= _STRANGERS:  # the oldest has had its time to show the token
+                self._selector.unregister(strangers[0].lines.connection)
+                strangers[0].lines.connection.close()
+                self._peers.remove(strangers[0])
             peer = Peer(Lines(connection), time.monotonic())
             self._peers.append(peer)
             self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def _greet(self, peer: Peer, hello: dict[str, Any]) -> bool:
         token, rank, pid = hello.get("token"), hello.get("rank"), hello.get("pid")
-        known = isinstance(token, str) and secrets.compare_digest(token.encode(), self._token.encode())
+        known = isinstance(token, str) and secrets.compare_digest(
+            token.encode(errors="replace"), self._token.encode()
+        )
         if not known or not isinstance(rank, int) or not isinstance(pid, int):
             return False
         peer.rank, peer.pid, peer.host = rank, pid, str(hello.get("host"))

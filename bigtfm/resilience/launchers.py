@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _PROGRAMS = ("deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate")
@@ -32,13 +35,27 @@ def launchers() -> list[Launcher]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
         except OSError:
             break
-        for word in words:
-            name = os.path.basename(word)
-            if name in _PROGRAMS or word.startswith(_MODULES):
-                found.append(Launcher(name, pid, process[1]))
-                break
+        name = launcher_in(words)
+        if name is not None:
+            found.append(Launcher(name, pid, process[1]))
         pid = process[0]
     return found
+
+
+def launcher_in(words: Sequence[str]) -> str | None:
+    """The launcher that a command line starts; an argument that is only called like one does not count."""
+    name, rest = os.path.basename(words[0]), words[1:]
+    if name in _PROGRAMS:
+        return name
+    if not re.match(r"python|(ba|da)?sh$", name):
+        return None
+    for word, following in pairwise([*rest, ""]):
+        if word == "-m":
+            return following if following.startswith(_MODULES) else None
+        if not word.startswith("-") or word == "-c":
+            script = os.path.basename(word)
+            return script if script in _PROGRAMS else None
+    return None
 
 
 def _stat(pid: int) -> tuple[int, str, str] | None:

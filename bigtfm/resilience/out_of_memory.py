@@ -67,8 +67,10 @@ def remember(run_dir: Path, stated: int, micro_batch: int) -> None:
 def remembered(run_dir: Path, stated: int) -> int:
     """The micro batch to begin with, where the JSON states `stated`."""
     try:
+        if not (run_dir / REMEMBERED).is_file():  # a pipe would be waited for
+            return stated
         kept = json.loads((run_dir / REMEMBERED).read_bytes())
         size = int(kept["micro_batch"]) if kept["stated"] == stated else stated
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, OverflowError, ValueError, TypeError, KeyError, RecursionError):
         return stated
     return size if 0 < size < stated and stated % size == 0 else stated

@@ -14,14 +14,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from mmap import mmap
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import Interrupted, RequeueRequested
+from bigtfm.config.problems import Interrupted, RequeueRequested, say
 from bigtfm.config.sections import GuardSection
 from bigtfm.resilience import stacks
 from bigtfm.resilience.council import Council
@@ -99,8 +99,10 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         wake_read, wake_write = _pipe()
         parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.flush()
         self._pid = os.fork()
         if self._pid:
             theirs.close()
@@ -136,7 +138,7 @@ class Supervisor:
             self._council.attend(now, self._pid, self._own, told=bool(self._arrivals.first))
             if now > self._closing or (self._council.verdict is not None and self._own is None):
                 self._kill()
-            last = time.monotonic()
+            last = now
         return self._leave(self._council.verdict)
 
     def _listen(self) -> None:
@@ -186,16 +188,16 @@ class Supervisor:
     def _at_once(self, now: float) -> Outcome | None:
         """What ends a trainer that is asked to stop without waiting for it; None: it will save."""
         interrupted = self._arrivals.count(signal.SIGINT)
+        fix = "start the same command again: it goes on from the last checkpoint"
         if interrupted > 1:
             what = "stopped at once by a second Ctrl-C, without saving"
         elif not self._page[1]:
-            what = "stopped before the first step: there was nothing to save"
+            what, fix = "stopped before a step was done: there was nothing to save", "start it again"
         elif now > self._orphaned:
             what = f"its launcher is gone, and it could not save within {_ORPHANED:.0f} s"
         else:
             return None
         kind = Interrupted if interrupted else RequeueRequested
-        fix = "start the same command again: it goes on from the last checkpoint"
         return Outcome.of(kind(what, where=str(self._run_dir), fix=fix))
 
     def _kill(self) -> None:
@@ -208,7 +210,7 @@ class Supervisor:
         self._lines.close()
         os.close(self._wake)
         if self._council.speaks and ended.code and not ended.said and ended.restart is None:
-            print(f"bigtfm: {ended.line}", file=sys.stderr, flush=True)
+            say(ended.line)
         return ended
 
 

@@ -16,7 +16,7 @@ from conftest import TINY, losses
 
 from bigtfm.config.run import RunConfig
 from bigtfm.doctor.findings import Finding
-from bigtfm.doctor.run import examine_run
+from bigtfm.doctor.run import examine_run, owner_of
 from bigtfm.engine import checkpoint
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.resilience import events
@@ -129,6 +129,17 @@ def test_a_run_that_was_asked_to_stop(code: int, make_run: MakeRun) -> None:
     assert same_words(found.fix.removeprefix("go on: "), command(run_dir))
 
 
+def test_a_run_that_could_not_write_its_end(make_run: MakeRun) -> None:
+    run_dir = make_run(5, 4)
+    (run_dir / "failure.json").write_bytes(b"")
+    found = by_check(run_dir)["run"]
+    assert (found.status, found.found) == (
+        "error",
+        "ended at step 5 of 100, and could not even write why: a full disk?",
+    )
+    assert found.fix.startswith("free space, or see why nothing can be written there; then deepspeed ")
+
+
 def test_a_run_that_hung(make_run: MakeRun) -> None:
     failure = {"exit_code": 79, "what": "rank 1 hangs", "where": "step 43", "fix": "see the stacks"}
     run_dir = make_run(42, 40, failure=failure)
@@ -143,7 +154,7 @@ def test_a_run_that_hung(make_run: MakeRun) -> None:
 def test_a_run_that_never_began(make_run: MakeRun) -> None:
     found = by_check(make_run(0))
     assert found["run"].found == "ended before its first step, without a word"
-    assert found["checkpoints"].status == "warning"
+    assert found["checkpoints"].status == "ok"
 
 
 def test_a_run_at_work(make_run: MakeRun) -> None:
@@ -226,6 +237,8 @@ def test_the_next_command_goes_on(
     assert working.found.startswith("a training is at work here: process ")
     ranks[0].kill()
     ranks[0].join()
+    while owner_of(run_dir) is not None:  # its trainer ends a moment after it
+        time.sleep(0.01)
     killed = by_check(run_dir)["run"]
     program, *args = shlex.split(killed.fix.partition("go on: ")[2])
     assert program == "bigtfm"

@@ -218,5 +218,5 @@ def test_the_rendezvous_is_left_at_once(ranks: Ranks) -> None:
     codes, said = ranks.end(seconds=5)
     assert codes == [130]
     assert [line.partition(". Fix")[0] for line in said] == [
-        "bigtfm: error: runs/run: stopped before the first step: there was nothing to save"
+        "bigtfm: error: runs/run: stopped before a step was done: there was nothing to save"
     ]

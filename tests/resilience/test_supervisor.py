@@ -33,15 +33,15 @@ class Job:
         self.folder = folder
         self.ranks: list[subprocess.Popen[bytes]] = []
 
-    def start(self, way: str, ranks: int = 1, world_size: int | None = None) -> Job:
+    def start(self, way: str, ranks: int = 1, world_size: int | None = None, out: str = "out-{rank}") -> Job:
         for rank in range(ranks):
             launcher = {"RANK": str(rank), "WORLD_SIZE": str(world_size or ranks), "LOCAL_RANK": str(rank)}
             environ = os.environ | launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-            with (self.folder / f"out-{rank}").open("wb") as out:
+            with (self.folder / out.format(rank=rank)).open("wb") as output:
                 self.ranks.append(
                     subprocess.Popen(
                         [sys.executable, toy_rank.__file__, way],
-                        **{"cwd": self.folder, "env": environ, "stdout": out, "stderr": out},
+                        **{"cwd": self.folder, "env": environ, "stdout": output, "stderr": output},
                         **{"start_new_session": True, "stdin": subprocess.DEVNULL},
                     )
                 )
@@ -169,6 +169,12 @@ def test_a_signal_is_one_request_whoever_gets_it(number: int, to: str, job: Job)
     assert line == f"bigtfm: error: run: saved at step {step} and stopped by {why}. Fix: {FROM_THERE}"
 
 
+def test_an_output_that_takes_nothing_changes_no_exit_code(job: Job) -> None:
+    job.start("count", out="/dev/full").until(3)
+    os.kill(job.pids(0)[0], signal.SIGTERM)
+    assert job.ranks[0].wait(10) == 75
+
+
 def test_a_second_interrupt_leaves_at_once(job: Job) -> None:
     """The trainer does not react; the terminal sends each Ctrl-C to both."""
     job.start("deaf").until(3)
@@ -191,8 +197,7 @@ def test_before_the_first_step_nothing_is_waited_for(number: int, job: Job) -> N
     codes, [line] = job.end(2)
     assert codes == [130 if number == signal.SIGINT else 75]
     assert line == (
-        "bigtfm: error: run: stopped before the first step: there was nothing to save. Fix: start the same "
-        "command again: it goes on from the last checkpoint"
+        "bigtfm: error: run: stopped before a step was done: there was nothing to save. Fix: start it again"
     )
 
 
@@ -250,6 +255,7 @@ def test_who_does_not_know_the_token_is_not_listened_to() -> None:
         {"token": "0" * 32, "rank": 1, "pid": 1},
         {"rank": 1, "pid": 1},
         {"token": token, "rank": "1"},
+        {"token": "\ud800", "rank": 1, "pid": 1},
     ):
         stranger = Lines(socket.create_connection((address, port)))
         stranger.send(**hello)
@@ -266,6 +272,24 @@ def test_who_does_not_know_the_token_is_not_listened_to() -> None:
     wait_for(lambda: heard.extend(hub.read()) or heard)
     assert heard == [(1, {"outcome": {"code": 0}})]
     friend.connection.close()
+    hub.close()
+
+
+def test_a_crowd_of_strangers_keeps_nobody_out() -> None:
+    """Silent connections, more than are kept, before the rank and behind it."""
+    hub = Hub("127.0.0.1")
+    address, port, token = hub.address
+    crowd = [socket.create_connection((address, port)) for _ in range(70)]
+    hub.read()
+    friend = Lines(socket.create_connection((address, port)))
+    friend.send(token=token, rank=1, pid=1, host="x")
+    friend.send(outcome={"code": 0})
+    crowd += [socket.create_connection((address, port)) for _ in range(70)]
+    heard: list[object] = []
+    wait_for(lambda: heard.extend(hub.read()) or heard)
+    assert heard == [(1, {"outcome": {"code": 0}})]
+    for connection in (*crowd, friend.connection):
+        connection.close()
     hub.close()
 
 
