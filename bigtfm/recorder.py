@@ -16,6 +16,7 @@ from bigtfm.evaluate import bits_per_byte, predicted_tokens
 from bigtfm.job import Job
 from bigtfm.mlflow_sender import read_json
 from bigtfm.planner.throughput import flops_per_token, peak_flops
+from bigtfm.resilience import events
 from bigtfm.tracking import MetricsLog, iterate_metrics, plot_curve, read_metrics
 
 
@@ -28,7 +29,7 @@ class Recorder:
         self._flops = flops_per_token(run.model, resolved.vocab_size, run.seq_len, run.objective)
         self._peak = peak_flops(device, resolved.precision)
         self._log = MetricsLog(run.run_dir / "metrics.jsonl", run.save.retry_seconds)
-        self._log.truncate_after(progress.step)
+        last = self._log.truncate_after(progress.step)
         self._console = Console(resolved.steps, progress.step, every=run.track.every)
         if progress.step >= resolved.steps:
             beyond = resolved.horizon is not None and resolved.horizon > resolved.steps
@@ -36,6 +37,12 @@ class Recorder:
             self._console.note(f"{run.run_dir} has already run its {progress.step} steps{more}")
         elif progress.step:
             self._console.note(f"resuming {run.run_dir} after step {progress.step}")
+        if last != progress.step:
+            events.note(run.run_dir, "rows missing", last=last, step=progress.step)
+            self._console.note(
+                f"metrics.jsonl has no rows from step {last + 1} to {progress.step}; the checkpoint of step "
+                f"{progress.step} is whole"
+            )
         self._console.note(f"attention {job.attention.reason}")
         self._mirror = None
         if run.track.mlflow:
@@ -87,6 +94,10 @@ class Recorder:
             self._console.evaluation(
                 row["step"], row["val_loss"], row.get("val_bits_per_byte"), best=improved
             )
+
+    def flush(self) -> None:
+        """Brings metrics.jsonl to the disk; raises OSError."""
+        self._log.flush()
 
     def warning(self, text: str) -> None:
         """A line among those of the steps."""

@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from bigtfm.config.problems import StorageProblem
+from bigtfm.config.problems import StorageProblem, too_many_files
 
 # JSON has no word for these: they are written as strings and read back as the floats they stand for.
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -47,8 +47,19 @@ class MetricsLog:
         self._waiting += json.dumps(values, allow_nan=False).encode() + b"\n"
         self._try()
 
-    def truncate_after(self, step: int, cut: Path | None = None) -> None:
+    def flush(self) -> None:
+        """Brings the rows to the disk: a power cut leaves them there. For any thread.
+
+        Raises:
+            OSError: it can't.
+        """
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def truncate_after(self, step: int, cut: Path | None = None) -> int:
         """Drop the rows past `step`, the step of the checkpoint that is resumed from. All or nothing.
+
+        Returns the step of the last row; 0: there is none.
 
         cut: a file that they go to.
         """
@@ -57,7 +68,8 @@ class MetricsLog:
         try:
             with self.path.open("rb") as rows, shorter.open("wb") as kept:
                 lines = list(rows)
-                number = sum(parse_row(line)["step"] <= step for line in lines)
+                steps = [parse_row(line)["step"] for line in lines]
+                number = sum(there <= step for there in steps)
                 kept.writelines(lines[:number])
                 kept.flush()
                 os.fsync(kept.fileno())
@@ -72,6 +84,7 @@ class MetricsLog:
                 "a line is damaged", where=str(self.path), fix="remove that line, then start again"
             ) from None
         self._file = self._open()
+        return int(steps[number - 1]) if number else 0
 
     def close(self) -> None:
         """Close the file; rows that still wait are tried for as long as others."""
@@ -170,7 +183,7 @@ def _whole_lines(file: FileIO) -> int:
 
 
 def _unwritable(path: Path, error: OSError) -> StorageProblem:
-    return StorageProblem(
+    return too_many_files(error) or StorageProblem(
         f"can't be written: {error.strerror}",
         where=str(path),
         fix="free space or correct the permissions, then resume",

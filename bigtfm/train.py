@@ -91,7 +91,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
         claimed,
         verification_of(job, ranks) as verification,
         Recorder(job, progress, ranks.device_name) if ranks.rank == 0 else nullcontext() as recorder,
-        closing(make_saver(job, engine, ranks, probe, progress)) as saver,
+        closing(make_saver(job, engine, ranks, probe, progress, recorder)) as saver,
         Prefetcher(loader, run.data.workers, pin_memory=True) as reader,
         closing(stream) if stream is not None else nullcontext(),
         lifeline.heeded(),
@@ -460,7 +460,14 @@ def note_evaluation(engine: Any, progress: Progress, val_loss: float, min_delta:
     return improved
 
 
-def make_saver(job: Job, engine: Any, ranks: Ranks, probe: Probe | None, progress: Progress) -> Saver:
+def make_saver(
+    job: Job,
+    engine: Any,
+    ranks: Ranks,
+    probe: Probe | None,
+    progress: Progress,
+    recorder: Recorder | None,
+) -> Saver:
     """What writes this run's checkpoints."""
     options = job.run.save
     retention = Retention(options.keep, options.keep_every)
@@ -474,6 +481,7 @@ def make_saver(job: Job, engine: Any, ranks: Ranks, probe: Probe | None, progres
         asynchronous=options.asynchronous,
         retry_seconds=options.retry_seconds,
         tell=partial(events.tell, job.run.run_dir),
+        flush_log=recorder.flush if recorder is not None else lambda: None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -568,6 +569,24 @@ def test_a_model_that_memory_can_not_hold_has_a_known_cause() -> None:
     assert problem is not None
     assert problem.exit_code == CONFIG
     assert problem.what.startswith("out of memory")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x"),
+        OSError(errno.ENFILE, os.strerror(errno.ENFILE)),
+        RuntimeError("[/gloo/transport/tcp/pair.cc:1] socket: Too many open files"),
+    ],
+)
+def test_too_few_file_descriptors_are_said_so(error: Exception) -> None:
+    problem = known_cause(error)
+    assert problem is not None
+    assert (problem.exit_code, problem.line) == (
+        STORAGE,
+        "error: this machine: too many files and connections are open at once. Fix: raise `ulimit -n`, then "
+        "start the same command again",
+    )
 
 
 @pytest.mark.launcher

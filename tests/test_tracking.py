@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import math
+import os
 import socket
 import sqlite3
 import subprocess
@@ -91,6 +92,20 @@ def test_truncate_after_drops_the_rows_past_a_checkpoint(tmp_path: Path) -> None
     log.close()
     assert steps(path) == list(range(1, 22))
     assert not path.with_suffix(".tmp").exists()
+
+
+def test_the_step_of_the_last_row_is_known_and_rows_are_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, 1, 3)
+    log = MetricsLog(path)
+    assert [log.truncate_after(step) for step in (9, 2, 0)] == [3, 2, 0]
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+    log.flush()
+    assert flushed == [path.stat().st_ino]
+    log.close()
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "[]", "{}", '{"step": "x"}', "\x00"])

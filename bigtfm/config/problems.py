@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -104,6 +105,8 @@ def known_cause(error: Exception) -> Problem | None:
     said, kind = str(error).strip().partition("\n")[0][:200], type(error).__name__
     if isinstance(error, Problem):
         return error
+    if too_many_files(error) is not None:
+        return too_many_files(error)
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError):
@@ -149,6 +152,17 @@ def say(line: str) -> None:
         print(f"bigtfm: {line}", file=sys.stderr, flush=True)
     except OSError:  # what is kept for a later flush would change the exit code
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def too_many_files(error: Exception) -> StorageProblem | None:
+    """What EMFILE and ENFILE mean, also in a library's words; None: it is neither."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
+        return StorageProblem(
+            "too many files and connections are open at once",
+            where="this machine",
+            fix="raise `ulimit -n`, then start the same command again",
+        )
+    return None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

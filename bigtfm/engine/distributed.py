@@ -16,7 +16,7 @@ import torch.distributed
 from safetensors import SafetensorError
 
 from bigtfm.config.launch import RENDEZVOUS, Launch
-from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
+from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem, too_many_files
 from bigtfm.resilience import collectives
 from bigtfm.resilience.pulse import Pulse
 
@@ -89,7 +89,7 @@ class Ranks:
         except Problem as problem:
             failure = problem
         except (OSError, SafetensorError) as error:
-            failure = StorageProblem(
+            failure = too_many_files(error) or StorageProblem(
                 f"{doing} failed: rank {self.rank}: {error}",
                 where="storage",
                 fix="free space or mend the disk, then start the same command again: it resumes where it can",

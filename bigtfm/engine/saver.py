@@ -61,6 +61,7 @@ class Saver:
     asynchronous: False makes `save` return when the checkpoint is on the disk.
     retry_seconds: how long a save that fails is tried again, since many failures of a disk pass.
     tell: hears, on rank 0, of saves that fail and of a disk that is too slow for them.
+    flush_log: brings to the disk, on rank 0, what a checkpoint must not be ahead of; raises OSError.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class Saver:
         asynchronous: bool = True,
         retry_seconds: float = 0.0,
         tell: Tell = lambda *_, **__: None,
+        flush_log: Callable[[], None] = lambda: None,
     ) -> None:
         self._root, self._engine, self._ranks, self._aside = root, engine, ranks, ranks.aside
         self._probe, self._retention, self._asynchronous = probe, retention, asynchronous
         self._retry_seconds, self._tell = retry_seconds, tell if ranks.rank == 0 else lambda *_, **__: None
+        self._flush_log = flush_log
         self._folder = root.stat().st_ino
         self._saved = saved or None
         self._file_image = mmap(-1, PAGE)  # header and buffer
@@ -234,12 +237,18 @@ class Saver:
                     raise
                 again = f"the checkpoint of step {step} is tried again in {pause:.1f} s: {problem.what}"
                 self._tell("save failed", again, step=step, what=problem.what)
-                self._closing.wait(pause)
+                self._pause(pause)
                 if any(self._aside.sum([self._closing.is_set()])):
                     raise
         self._ranks.pulse.took("save", time.monotonic() - began)
         if failed:
             self._tell("save done", f"the checkpoint of step {step} is on the disk now", step=step)
+
+    def _pause(self, seconds: float) -> None:
+        """Before another try; it is no hang."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._closing.wait(min(left, 1.0)):
+            self._ranks.pulse.moves()
 
     def _try(self, state: dict[str, Any], entries: dict[str, Any]) -> None:
         ranks, final = self._aside, checkpoint.folder_of(self._root, state["progress"]["step"])
@@ -285,15 +294,18 @@ class Saver:
                     weights = next(place for place in self._layout[name] if place.key == "fp32")
                     values = self._buffer[weights.first : weights.first + weights.numel]
                     entry["fragment"]["checksum"] = checkpoint.checksum(values, entry["fragment"]["start"])
+                    self._ranks.pulse.moves()
         gathered = ranks.gather({"files": files, "parameters": entries})
         with ranks.together(f"writing {final}"), storage.told_when_full(self._root, needed):
             if ranks.rank == 0:
+                self._flush_log()
                 checkpoint.finish(building, final, gathered, state)
                 checkpoint.prune(self._root, self._retention, progress["step"], progress["best_step"])
 
     def _require_finite_copies(self, step: int) -> None:
         """A weight or a moment may be NaN although the loss of the probe is not."""
         for name, places in self._layout.items():
+            self._ranks.pulse.moves()
             for place in places:
                 extremes = torch.aminmax(self._buffer[place.first : place.first + place.numel])
                 if not all(map(math.isfinite, map(float, extremes))):
@@ -308,16 +320,21 @@ class Saver:
         """The buffer as a safetensors file; returns its row of the manifest.
 
         The hash is of what was meant to be written, so that a disk that keeps something else is found out.
+        Each piece goes to the disk before the next: one that is slow but moves is no hang.
         """
         sha256, image = hashlib.sha256(), memoryview(self._file_image)
         with path.open("wb", buffering=0) as file:
-            _past_cache(file, True)
+            direct = _past_cache(file, True)
             while (at := file.tell()) < len(image):
                 try:
                     file.write(image[at : at + PIECE])
                 except OSError as error:
                     if error.errno != errno.EINVAL or not _past_cache(file, False):
                         raise
+                    direct = False
+                if not direct:
+                    os.fsync(file.fileno())
+                self._ranks.pulse.moves()
                 sha256.update(image[at : min(file.tell(), self._bytes)])
             file.truncate(self._bytes)
             os.fsync(file.fileno())

@@ -32,7 +32,8 @@ _COLLECTIVE = struct.Struct("<QQQQ16s24s24s96s96s")  # the fields of Collective
 _LANES = _HEAD.size
 _PHASE_ROWS = _LANES + len(RECENT) * _LANE.size
 _RINGS = _PHASE_ROWS + len(PHASES) * _PHASE.size
-_SIZE = _RINGS + sum(RECENT) * _COLLECTIVE.size
+_MOVES = _RINGS + sum(RECENT) * _COLLECTIVE.size  # of the writer, while the loop waits for it
+_SIZE = _MOVES + 8
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class PhaseTimes:
 class Reading:
     """A pulse at one moment."""
 
-    changes: int  # grows with everything that the trainer's main thread does
+    changes: int  # grows with all that the trainer's main thread does, in a save also with the writer's
     step: int  # the one being computed; 0: before the first
     phase: str
     site: str  # file:line at which the phase began
@@ -93,7 +94,7 @@ class Pulse:
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, _SIZE)
-        self._changes = self._step = self._entered = 0
+        self._changes = self._step = self._entered = self._moves = 0
         self._phase, self._began, self._waited_before = 0, time.monotonic_ns(), 0
         self._site = b""
         self._lanes = [_Lane(), _Lane()]
@@ -118,6 +119,15 @@ class Pulse:
     def took(self, phase: str, seconds: float) -> None:
         """Work of a phase that another thread has done."""
         self._add(PHASES.index(phase), int(seconds * 1e9))
+
+    def moves(self) -> None:
+        """The thread that writes checkpoints has come a little further.
+
+        It counts while the loop waits for it only: a loop that stands still beside it is a hang.
+        """
+        if PHASES[self._phase] == "save":
+            self._moves += 1
+            struct.pack_into("<Q", self._map, _MOVES, self._moves)
 
     def begin_collective(
         self, name: str, group: str, elements: int, sites: tuple[str, str], *, lane: int
@@ -158,6 +168,7 @@ class Pulse:
             row = _PHASE.unpack_from(self._map, _PHASE_ROWS + number * _PHASE.size)
             times[name] = PhaseTimes(0 < row[0] <= step, *(ns / 1e9 for ns in row[1:]))
         waiting, writer_waiting = bool(lanes[0][2]), bool(lanes[1][2])
+        changes += struct.unpack_from("<Q", self._map, _MOVES)[0]
         return Reading(changes, step, PHASES[phase], _text(site), entered, waiting, writer_waiting, times)
 
     def collectives(self, lane: int = 0) -> list[Collective]:

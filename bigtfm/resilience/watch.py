@@ -167,9 +167,12 @@ class Doctor:
         return tuple(beat.changes for beat in self._standing())
 
     def _over(self, verdict: Verdict) -> bool:
-        """Whether the one who is to blame has had its time."""
-        if verdict.kind == "silent" or not self._beats:
-            return False  # the hub knows how long it waits for a supervisor
+        """Whether the one who is to blame has had its time: of one that never joined, those who wait for it.
+
+        Of one that has, the hub is usually the first to notice.
+        """
+        if not self._beats:
+            return False
         beat = self._beats.get(-1 if verdict.rank is None else verdict.rank) or self._standing()[0]
         limit = beat.limit
         if verdict.proven:

@@ -151,8 +151,8 @@ def kill_every_save() -> None:
     found: dict[str, Any] = {}
     make_saver = training.make_saver
 
-    def making(job: Any, engine: Any, ranks: Ranks, probe: Any, progress: Any) -> Any:
-        real = make_saver(job, engine, ranks, probe, progress)
+    def making(job: Any, engine: Any, ranks: Ranks, probe: Any, progress: Any, recorder: Any) -> Any:
+        real = make_saver(job, engine, ranks, probe, progress, recorder)
         save = real.save
 
         def saving(progress: Any) -> None:

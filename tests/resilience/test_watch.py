@@ -147,6 +147,22 @@ def test_a_writer_that_waits_for_another_rank_s_disk_waits() -> None:
     assert watch(pulse).beat(0.0).waits
 
 
+def test_a_writer_that_moves_is_no_hang_and_hides_none() -> None:
+    pulse = Pulse()
+    train_a_step(pulse, 1)
+    eye = watch(pulse)
+    eye.beat(0.0)
+    pulse.moves()  # beside a loop that stands still
+    assert eye.beat(1.0).seconds == 1.0
+    pulse.enter("save")
+    seen = []
+    for second in range(2, 6):
+        pulse.moves()
+        seen.append(eye.beat(float(second)).seconds)
+    assert seen == [0.0] * 4
+    assert eye.beat(6.0).seconds == 1.0, "a disk that stands still"
+
+
 # --- the doctor
 
 
@@ -266,6 +282,19 @@ def test_one_process_alone(case: Case) -> None:
     assert hang.what.startswith(
         "no progress for 121 s in data at step 7 (bigtfm/data/loader.py:88, in batch); all"
     )
+
+
+def test_a_rank_that_never_joined_is_waited_for_no_longer_than_was_said(case: Case) -> None:
+    waiting = {"waits": True, "limit": 1800.0, "notice": FIRST_NOTICE}
+    assert case.doctor.look([beat(0, 60.0, **waiting), None], 60.0)
+    assert case.doctor.judge([report(0, 60.0, waits=True), None]) is None
+    assert case.said[0].startswith("note: rank 1: neither it nor its supervisor answers")
+    assert case.said[0].endswith("the job ends after 1800 s")
+    assert not case.doctor.look([beat(0, 1799.0, **waiting), None], 1799.0)
+    assert case.doctor.look([beat(0, 1800.0, **waiting), None], 1800.0)
+    hang = case.doctor.judge([report(0, 1800.0, waits=True), None])
+    assert hang is not None
+    assert hang.where == "rank 1"
 
 
 def test_without_a_limit_a_rank_is_named_only(tmp_path: Path) -> None:
