@@ -14,6 +14,8 @@ import pytest
 import rank_runner
 from conftest import TINY, losses
 
+from bigtfm.resilience import events
+
 Json = Callable[..., Path]
 pytestmark = pytest.mark.launcher
 
@@ -329,7 +331,14 @@ def test_a_finished_run_says_so(tmp_path: Path, tiny_data: Path, deepspeed_json:
     finished = train(tmp_path, tiny_data, deepspeed_json(), "steps=3")
     assert finished.code == 0, finished.output
     assert "already" in finished.output
+    assert "has no rows" not in finished.output
     assert losses(tmp_path / "runs/run") == before
+    metrics = tmp_path / "runs/run/metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]))  # as a power cut may
+    finished = train(tmp_path, tiny_data, deepspeed_json(), "steps=3")
+    assert "metrics.jsonl has no rows from step 2 to 3; the checkpoint of step 3 is whole" in finished.output
+    [row] = [row for row in events.read(tmp_path / "runs/run") if row["event"] == "rows missing"]
+    assert (row["last"], row["step"]) == (1, 3)
 
 
 def test_l1_shrinks_weights_alike_at_every_stage(
