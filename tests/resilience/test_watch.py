@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,19 +64,26 @@ def test_a_stopped_trainer_stays_stopped_until_its_time_is_over() -> None:
         train_a_step(pulse, step)
     eye = watch(pulse, hang_seconds=30.0)
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
-        assert trainer.stdout is not None
+    trainer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert trainer.stdin is not None
+    assert trainer.stdout is not None
+    try:
         trainer.stdout.readline()
         os.kill(trainer.pid, signal.SIGSTOP)
+        while stacks.state(trainer.pid) != "T":
+            time.sleep(0.01)
         for second in range(22):
             eye.beat(float(second))
         early = eye.report(trainer.pid)
         assert (early.state, early.seconds, early.threads) == ("T", 21.0, ())
         for second in range(22, 33):
             eye.beat(float(second))
-        late = eye.report(trainer.pid)
-        assert late.threads, "at the end it is seen where it stood"
+        assert eye.report(trainer.pid).threads, "at the end it is seen where it stood"
+    finally:  # before it is waited for: a stopped process never ends
         trainer.kill()
+        trainer.wait()
+        trainer.stdin.close()
+        trainer.stdout.close()
 
 
 def test_what_is_done_for_the_first_time_has_longer() -> None:
