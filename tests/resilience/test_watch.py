@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bigtfm.config.sections import GuardSection
-from bigtfm.resilience import events
+from bigtfm.resilience import events, stacks
 from bigtfm.resilience.diagnosis import Report
 from bigtfm.resilience.pulse import OWN_WORK, Pulse
 from bigtfm.resilience.stacks import Frame
