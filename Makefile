@@ -37,7 +37,7 @@ export DO_NOT_TRACK := true
 
 .PHONY: help
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 # --- the environment -------------------------------------------------------------------------------------------------
 
@@ -142,6 +142,11 @@ chaos: setup ## kill a training N=40 times (SEED=1) and compare every resume; FA
 	$(if $(OUT),,rm -rf runs/chaos;) \
 	$(if $(FAULTS),$(BIN)/python -m chaos faults $(or $(OUT),runs/chaos) $(filter-out all,$(FAULTS)),\
 	  $(BIN)/python -m chaos kills $(or $(OUT),runs/chaos) -n $(N) --seed $(SEED))
+
+.PHONY: slurm-packages
+slurm-packages: ## install what the tests on a real Slurm cluster need (Debian or Ubuntu, as root)
+	apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+	  slurmctld slurmd slurm-client munge iproute2 shellcheck
 
 .PHONY: check
 check: setup ## format, lint, types, import layers and the fast tests
