@@ -117,12 +117,13 @@ def train(
 ) -> None:
     """Train, or resume the run that is there.
 
-    Alone it is a job of one process; under deepspeed, torchrun or any other launcher, a rank of its job.
+    Alone it is a job of one process; under deepspeed, torchrun, srun or any other launcher, a rank of it.
     """
-    from bigtfm.config.launch import Launch
+    from bigtfm.config.launch import Launch, of_srun
     from bigtfm.resilience.lifeline import Lifeline
     from bigtfm.resilience.supervisor import supervise
 
+    os.environ.update(of_srun(os.environ))
     launch = Launch.from_environment(os.environ, local_rank)
     with _one_thread():
         from bigtfm.job import check_job
