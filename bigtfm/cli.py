@@ -504,6 +504,108 @@ def doctor(
 
 
 @app.command()
+def submit(
+    deepspeed_config: DeepSpeedFile,
+    config: Annotated[Path, typer.Option("--config", help="Run config, a TOML file.")],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node; a rank each.")] = 8,
+    time: Annotated[
+        str, typer.Option(help="Time limit of a start, as sbatch takes it; the run goes on after it.")
+    ] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="Partition. Default: the cluster's own.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another option of sbatch, e.g. --sbatch=--account=mine. May be given more than once. "
+            "Default: none."
+        ),
+    ] = None,
+    knobs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="NAME=VALUE of a variable at the top of slurm/train.sbatch, e.g. CONTAINER=image.sif. May "
+            "be given more than once. Default: as it stands there.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit nothing.")] = False,
+) -> None:
+    """Submit a training to Slurm.
+
+    The job is checked as training would, the script is written into the run directory and submitted, and the
+    queue shown. It goes on by itself after its time limit, a preemption or a lost node.
+    """
+    from bigtfm.job import check_job
+    from bigtfm.slurm.submit import Request, queue, write_script
+    from bigtfm.slurm.submit import submit as run
+
+    job = check_job(config, deepspeed_config, overrides or [], nodes * gpus_per_node)
+    request = Request(nodes, gpus_per_node, time, partition, tuple(sbatch or ()), tuple(knobs or ()))
+    text = request.script(job.run.run_dir, config, deepspeed_config, overrides or [])
+    if dry_run:
+        print(text, end="")
+    else:
+        path = write_script(job.run.run_dir, text)
+        number = run(path)
+        print(f"job {number}: {path}\n{queue(number)}", end="")
+
+
+@app.command()
+def again(
+    run_dir: RunDirectory,
+    code: Annotated[int, typer.Option(min=0, help="Exit code of the ranks, as srun gives it.")],
+    since: Annotated[float, typer.Option(help="When they were started, in Unix seconds.")] = 0.0,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Starts in a row that may end without a newer checkpoint.")
+    ] = 3,
+) -> None:
+    """Say whether a Slurm job is to be started again.
+
+    For the end of a batch script: prints the nodes to do without; the exit code is 0 if yes, 1 if no.
+    """
+    from bigtfm.slurm.again import note_and_decide
+
+    now, decision = note_and_decide(run_dir, code, os.environ, since=since, retries=retries)
+    print(f"bigtfm: {now.line or f'exit code {now.code}'}", file=sys.stderr)
+    print(
+        f"bigtfm: {'starting again' if decision.again else 'not started again'}: {decision.why}",
+        file=sys.stderr,
+    )
+    print(",".join(decision.exclude), end="")
+    raise typer.Exit(0 if decision.again else 1)
+
+
+@app.command()
+def status(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_JOB", help="Run directory, or number of a Slurm job.")
+    ],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every 5 seconds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
+) -> None:
+    """Say where a run is.
+
+    Since when, how fast, its loss, its restarts and their reasons, the estimated end, and which share of its
+    time went into steps.
+    """
+    from dataclasses import asdict
+
+    from bigtfm.slurm.status import follow, render, run_dir_of
+    from bigtfm.slurm.status import status as look
+
+    run_dir = run_dir_of(run)
+    if as_json:
+        print(json.dumps(asdict(look(run_dir))))
+    elif watch:
+        follow(run_dir)
+    else:
+        from rich.console import Console
+
+        Console().print(render(look(run_dir)))
+
+
+@app.command()
 def sync(run_dir: Annotated[Path, typer.Argument(help="Run directory, e.g. runs/quickstart.")]) -> None:
     """Send to MLflow what is not sent yet."""
     from bigtfm.mlflow_mirror import sync as run

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def environment() -> dict[str, str]:
         found["git_commit"] = commit
         found["git_dirty"] = "yes" if _output(*git, "status", "--porcelain") else "no"
     return found
+
+
+def started_at() -> float:
+    """When this process was started, in Unix seconds; without /proc: now."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return time.time()
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _output(*command: str) -> str | None:

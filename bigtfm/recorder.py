@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from bigtfm import mlflow_mirror
 from bigtfm.config.problems import RequeueRequested
 from bigtfm.console import Console, Summary
 from bigtfm.engine.checkpoint import Progress
+from bigtfm.environment import started_at
 from bigtfm.evaluate import bits_per_byte, predicted_tokens
 from bigtfm.job import Job
 from bigtfm.mlflow_sender import read_json
@@ -43,6 +45,15 @@ class Recorder:
                 f"metrics.jsonl has no rows from step {last + 1} to {progress.step}; the checkpoint of step "
                 f"{progress.step} is whole"
             )
+        events.note(
+            run.run_dir,
+            "start",
+            began=round(started_at(), 3),
+            step=progress.step,
+            ranks=resolved.world_size,
+            job=os.environ.get("SLURM_JOB_ID"),
+            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )
         self._console.note(f"attention {job.attention.reason}")
         self._mirror = None
         if run.track.mlflow:
@@ -124,6 +135,7 @@ class Recorder:
         run_dir = self._job.run.run_dir
         self._console.close()
         self._log.close()
+        events.note(run_dir, "end", code=0, what="done", where=str(run_dir), step=progress.step)
         rows = read_metrics(run_dir / "metrics.jsonl")
         evaluated = [row for row in rows if "val_loss" in row][-1:]
         curve = plot_curve(run_dir)

@@ -83,6 +83,20 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--json": False,
     },
     "doctor": {"--run": None, "--json": False},
+    "submit": {
+        "--deepspeed_config": REQUIRED,
+        "--config": REQUIRED,
+        "[KEY=VALUE]...": None,
+        "--nodes": 1,
+        "--gpus-per-node": 8,
+        "--time": "24:00:00",
+        "--partition": None,
+        "--sbatch": None,
+        "--set": None,
+        "--dry-run": False,
+    },
+    "again": {"--run": REQUIRED, "--code": REQUIRED, "--since": 0.0, "--retries": 3},
+    "status": {"RUN_OR_JOB": REQUIRED, "--watch": False, "--json": False},
     "sync": {"run_dir": REQUIRED},
     "version": {},
 }
@@ -104,6 +118,11 @@ UNITS = {  # of every number: the word that its help has to hold
     "--tolerance": "relative difference",
     "--step": "optimizer step",
     "--seq-len": "tokens",
+    "--nodes": "number of nodes",
+    "--gpus-per-node": "gpus",
+    "--code": "exit code",
+    "--since": "unix seconds",
+    "--retries": "starts in a row",
 }
 
 

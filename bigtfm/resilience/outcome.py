@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bigtfm.config.problems import Hang, Occupied, Problem
+from bigtfm.resilience.events import note
 
 FAILURE = "failure.json"
 RESUMES = "then start the same command again: it resumes"
@@ -56,6 +57,7 @@ class Outcome:
                 file.write(json.dumps(values, indent=1) + "\n")
         except OSError:  # the line on stderr has said it
             return False
+        note(run_dir, "end", code=self.code, what=self.what, where=self.where)
         return True
 
 

@@ -1,0 +1,296 @@
+"""`bigtfm status`: where a run is, from what it writes into its directory and what Slurm's queue says."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigtfm.config.problems import ConfigProblem
+from bigtfm.console import duration
+from bigtfm.resilience import events
+from bigtfm.slurm.again import EVENT, newest_step
+from bigtfm.tracking import iterate_metrics
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+RECENT = 50  # steps that the pace is judged by
+QUIET = 20  # steps' time without a row, after which a run that no queue knows has stopped
+_REFRESH = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the run, times in Unix seconds."""
+
+    began: float
+    ended: float  # or the last that was heard of it
+    job: str | None
+    ranks: int
+    first: int  # step that it went on from
+    last: int  # step that it came to
+    code: int | None  # None: it runs, or has ended without a word
+    reason: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at a glance; None: not known."""
+
+    run: str
+    state: str  # running, waiting, done, stopped, failed, ended without a word
+    where: str  # what the state is about: the queue's reason, the failure's line
+    step: int
+    steps: int | None
+    saved: int  # step of the newest checkpoint
+    loss: float | None
+    tokens_per_second: float | None
+    tokens: int | None
+    ranks: int | None
+    job: str | None
+    began: float | None  # the first start
+    seconds_left: float | None  # of training, were it to run on
+    goodput: float | None  # share of the time since the first start that went into steps that count
+    busy: float | None  # the same share of the time in which it ran: without the queue
+    starts: tuple[Start, ...]
+
+
+def status(run_dir: Path) -> Status:
+    """Reads the run directory, and asks squeue if there is one.
+
+    Raises:
+        ConfigProblem: it is no run's. StorageProblem: metrics.jsonl is damaged.
+    """
+    if not any((run_dir / name).exists() for name in ("resolved.json", events.EVENTS, "checkpoints")):
+        raise ConfigProblem(
+            "holds no run", where=str(run_dir), fix="pass a run directory, e.g. runs/quickstart"
+        )
+    rows = list(iterate_metrics(run_dir / "metrics.jsonl"))
+    happened = list(events.read(run_dir))
+    resolved, failure = _json(run_dir / "resolved.json"), _json(run_dir / "failure.json")
+    now = time.time()
+    begun = starts(happened, rows)
+    job = next((str(row["job"]) for row in reversed(happened) if row.get("job")), None)
+    queued = queue_state(job)
+    step = int(rows[-1]["step"]) if rows else 0
+    seconds = [row["seconds"] for row in rows[-RECENT:] if isinstance(row.get("seconds"), float)]
+    pace = statistics.median(seconds) if seconds else None
+    steps = resolved.get("steps")
+    state, where = judge(queued, happened, begun, failure, now, pace)
+    useful = sum(row["seconds"] for row in rows if isinstance(row.get("seconds"), float))
+    until = now if state == "running" else begun[-1].ended if begun else now
+    ran = sum((until if start is begun[-1] else start.ended) - start.began for start in begun)
+    return Status(
+        run=str(run_dir),
+        state=state,
+        where=where,
+        step=step,
+        steps=steps,
+        saved=newest_step(run_dir),
+        loss=rows[-1]["loss"] if rows else None,
+        tokens_per_second=_median(row.get("tokens_per_second") for row in rows[-RECENT:]),
+        tokens=rows[-1].get("tokens") if rows else None,
+        ranks=begun[-1].ranks if begun else resolved.get("world_size"),
+        job=job,
+        began=begun[0].began if begun else None,
+        seconds_left=_pace_of_all(rows) * (steps - step) if steps and rows and state != "done" else None,
+        goodput=_share(useful, until - begun[0].began) if begun else None,
+        busy=_share(useful, ran) if begun else None,
+        starts=tuple(begun),
+    )
+
+
+def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Start]:
+    """The starts of a run from its events: each ends with its own word, or where the next one found it."""
+    begun = [n for n, row in enumerate(happened) if row["event"] == "start"]
+    found = []
+    for place, following in zip(begun, [*begun[1:], len(happened)], strict=True):
+        start = happened[place]
+        said = [row for row in happened[place + 1 : following] if row["event"] == "end"]
+        batch = [row for row in happened[place + 1 : following] if row["event"] == EVENT]
+        is_last = following == len(happened)
+        limit = float("inf") if is_last else happened[following].get("began", happened[following]["time"])
+        own = [row for row in rows if start["time"] <= row.get("time", 0.0) <= limit]
+        last = int(own[-1]["step"]) if own else int(start.get("step", 0))
+        if said:
+            ended, code = float(said[0]["time"]), said[0].get("code")
+            last = max(last, int(said[0].get("step", 0)))
+            reason = "done" if code == 0 else f"{said[0].get('where')}: {said[0].get('what')}"
+        elif batch:
+            ended, code = float(batch[0]["time"]), batch[0].get("code")
+            reason = batch[0].get("line") or "killed: its ranks left no word"
+        else:
+            ended, code = float(own[-1]["time"] if own else start["time"]), None
+            reason = "" if is_last else "it left no word: a lost node, a kill -9"
+        found.append(
+            Start(
+                float(start.get("began", start["time"])), ended, start.get("job"), int(start.get("ranks", 1)),
+                int(start.get("step", 0)), last, code, reason,
+            )
+        )  # fmt: skip
+    return found
+
+
+def judge(
+    queued: tuple[str, str] | None,
+    happened: Sequence[Mapping[str, Any]],
+    begun: Sequence[Start],
+    failure: Mapping[str, Any],
+    now: float,
+    pace: float | None,
+) -> tuple[str, str]:
+    """(state, what it is about). queued: Slurm's (state, reason or nodes); None: it does not know the job."""
+    last = begun[-1] if begun else None
+    if queued is not None and queued[0] in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING"):
+        return "waiting", f"in Slurm's queue: {queued[1]}"
+    if queued is not None and queued[0] in ("RUNNING", "COMPLETING") and (last is None or last.code is None):
+        return "running", f"on {queued[1]}"
+    decided = next((row for row in reversed(happened) if row["event"] == EVENT), None)
+    verdict = f"; {decided['why']}" if decided is not None and not decided.get("again") else ""
+    if last is None:
+        said = f"{failure['where']}: {failure['what']}" if failure else (decided or {}).get("line", "")
+        return ("failed", f"{said}{verdict}") if failure or decided else ("waiting", "for its first step")
+    if last.code == 0:
+        return "done", ""
+    if last.code in (75, 130):
+        return "stopped", last.reason
+    if last.code is not None:
+        return "failed", f"{last.reason}{verdict}"
+    if queued is None and now - last.ended > max(60.0, QUIET * (pace or 0.0)):
+        return "ended without a word", f"nothing for {duration(now - last.ended)}: `bigtfm doctor --run`"
+    return "running", ""
+
+
+def queue_state(job: str | None) -> tuple[str, str] | None:
+    """(state, nodes or why it waits) of a job; None: there is no queue, or it does not know the job."""
+    if job is None:
+        return None
+    command = ["squeue", "-h", "-j", job, "-o", "%T|%R"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    state, bar, reason = done.stdout.strip().partition("|")
+    return (state, reason.strip("()")) if done.returncode == 0 and bar else None
+
+
+def run_dir_of(run: str) -> Path:
+    """A run directory by its path, or by the number of a job that trains in it.
+
+    Raises:
+        ConfigProblem: the number is no job's, or the job's script says nothing of a run.
+    """
+    if not run.isdigit() or Path(run).is_dir():
+        return Path(run)
+    try:
+        command = ["scontrol", "-o", "show", "job", run]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        said = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    except (OSError, subprocess.TimeoutExpired):
+        said = {}
+    if "WorkDir" not in said:
+        fix = "pass the run directory instead: Slurm forgets jobs that have ended"
+        raise ConfigProblem(f"Slurm does not know job {run}", where="status", fix=fix)
+    work = Path(said["WorkDir"])
+    wanted = {said["JobId"], said.get("ArrayJobId", "")}
+    for path in sorted(work.glob(f"runs/*/{events.EVENTS}"), key=lambda path: -path.stat().st_mtime):
+        if any(str(row.get("job")) in wanted for row in events.read(path.parent)):
+            return path.parent
+    return work / "runs" / said["JobName"]
+
+
+def render(found: Status) -> RenderableType:
+    """Two tables: the run, and its starts."""
+    from rich.console import Group
+    from rich.table import Table
+
+    facts = Table(show_header=False, box=None)
+    for name, value in _facts(found):
+        facts.add_row(name, value)
+    if not found.starts:
+        return facts
+    history = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("start", "at", "took", "job", "ranks", "steps", "ended by"):
+        history.add_column(heading, overflow="fold", no_wrap=heading != "ended by")
+    for number, start in enumerate(found.starts, 1):
+        steps = f"{start.first:,} - {start.last:,}"
+        code = "" if start.code in (None, 0) else f"{start.code}: "
+        values = (_clock(start.began), duration(start.ended - start.began), start.job or "", str(start.ranks))
+        history.add_row(str(number), *values, steps, f"{code}{start.reason}")
+    return Group(facts, "", history)
+
+
+def _facts(found: Status) -> Iterable[tuple[str, str]]:
+    yield "run", found.run + (f", Slurm job {found.job}" if found.job else "")
+    yield "state", found.state + (f", {found.where}" if found.where else "")
+    of = f" of {found.steps:,} ({found.step / found.steps:.1%})" if found.steps else ""
+    yield "step", f"{found.step:,}{of}, saved at {found.saved:,}"
+    if found.loss is not None:
+        yield "loss", f"{found.loss:.4f}"
+    if found.tokens_per_second is not None:
+        yield (
+            "tokens",
+            f"{found.tokens or 0:,}, {found.tokens_per_second:,.0f} a second on {found.ranks} ranks",
+        )
+    if found.began is not None:
+        yield "since", f"{_clock(found.began)}, {len(found.starts) - 1} restarts"
+    if found.goodput is not None and found.busy is not None:
+        yield "goodput", f"{found.goodput:.1%} of the time since then, {found.busy:.1%} of the time it ran"
+    if found.seconds_left is not None:
+        left = duration(found.seconds_left)
+        end = (
+            f", about {_clock(time.time() + found.seconds_left)}"
+            if found.state == "running"
+            else " of training"
+        )
+        yield "left", left + end
+
+
+def follow(run_dir: Path) -> None:
+    """Shows it anew until a Ctrl-C."""
+    from rich.live import Live
+
+    try:
+        with Live(render(status(run_dir)), auto_refresh=False) as live:
+            while True:
+                time.sleep(_REFRESH)
+                live.update(render(status(run_dir)), refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def _pace_of_all(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds a step with what lies between the last ones: saves, evaluations; a pause counts as ten."""
+    recent = rows[-RECENT:]
+    own = statistics.median(float(row.get("seconds", 0.0)) for row in recent)
+    times = [row["time"] for row in recent if "time" in row]
+    gaps = [min(later - earlier, 10 * own) for earlier, later in pairwise(times)]
+    return max(own, statistics.fmean(gaps)) if gaps else own
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _share(part: float, whole: float) -> float | None:
+    return min(1.0, part / whole) if whole > 0 else None
+
+
+def _clock(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
