@@ -35,7 +35,7 @@ def report(folder: Path) -> str:
         rows.append((rate, run.name, resolved, steps, mfu))
     lines = [
         f"# {folder.name}", "", f"Medians of the steps after the first {WARM_UP}.", "",
-        "| run | ZeRO | precision | ranks | batch | tokens/s | tokens/s a rank | MFU | seconds a step | last loss |",
+        "| run | ZeRO | precision | ranks | batch | tokens/s | a rank | MFU | s a step | last loss |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for rate, name, resolved, steps, mfu in sorted(rows, key=lambda row: -row[0]):
@@ -46,8 +46,8 @@ def report(folder: Path) -> str:
         seconds = statistics.median(row["seconds"] for row in steps)
         share = "" if mfu is None else f"{mfu:.1%}"
         lines.append(
-            f"| {name} | {resolved['zero_stage']} | {resolved['precision']} | {ranks} | {batch} | {rate:,.0f} | "
-            f"{rate / ranks:,.0f} | {share} | {seconds:.3f} | {steps[-1]['loss']:.4f} |"
+            f"| {name} | {resolved['zero_stage']} | {resolved['precision']} | {ranks} | {batch} | "
+            f"{rate:,.0f} | {rate / ranks:,.0f} | {share} | {seconds:.3f} | {steps[-1]['loss']:.4f} |"
         )
     return "\n".join(lines + (["", "Failed:", *failed] if failed else [])) + "\n"
 

@@ -75,7 +75,7 @@ class Node:
     @property
     def slurmd(self) -> int | None:
         """Its process; None: it has none now."""
-        return next((pid for pid in _children(self.first) if _name(pid) == "slurmd"), None)
+        return next((pid for pid in children(self.first) if _name(pid) == "slurmd"), None)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ class Cluster:
     def stop_controller(self) -> None:
         """As for a restart: it writes its state down. (A SIGKILL loses the jobs of the last seconds.)"""
         assert self._controller is not None
-        (daemon,) = _children(self._controller.pid)
+        (daemon,) = children(self._controller.pid)
         os.kill(daemon, signal.SIGTERM)
         self._controller.wait()
 
@@ -267,7 +267,7 @@ class Cluster:
             raise RuntimeError(f"{name} does not start (a container without CAP_SYS_ADMIN?): {said}")
         first = holder.pid
         for _ in range(2 if inside else 1):  # nsenter, unshare, and then the first process
-            (first,) = _children(first)
+            (first,) = children(first)
         return Node(holder, first)
 
     def _plug_in(self, name: str, first: int) -> None:
@@ -335,7 +335,7 @@ def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 

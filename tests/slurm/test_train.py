@@ -1,0 +1,215 @@
+"""Real trainings on a real Slurm cluster: two nodes of two ranks, and everything that happens to a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import rank_runner
+from slurm.cluster import Cluster, cluster
+from slurm.conftest import require_slurm
+from slurm.settings import Settings
+from slurm.site import STEPS, Site, trainers, wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.launcher, pytest.mark.timeout(600)]
+EVERY = 50  # steps between saves
+
+
+@pytest.fixture
+def site(slurm: Cluster, tmp_path: Path, tiny_data: Path) -> Iterator[Site]:
+    yield Site.lay_out(slurm, tmp_path, tiny_data)
+    slurm.scancel("--user=root")
+
+
+@pytest.fixture(scope="module")
+def alone(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The run directory of the same training on one machine, without Slurm and never interrupted."""
+    site = Site.lay_out(slurm, tmp_path_factory.mktemp("alone"), tiny_data)
+    files = ["--config", "run.toml", "--deepspeed_config", "ds.json"]
+    done = rank_runner.run(["train", *files, *site.overrides("run.name=alone")], site.folder, world_size=4)
+    assert done.codes == [0] * 4, done.output
+    return site.run_dir("alone")
+
+
+def require_same_run(site: Site, name: str, alone: Path) -> None:
+    """Every loss and every sample, and the last checkpoint, to the bit."""
+    columns = ("step", "loss", "grad_norm", "lr", "tokens", "sample_digest")
+    expected = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [[row[c] for c in columns] for row in site.rows(name)] == [
+        [row[c] for c in columns] for row in expected
+    ]
+    last = f"checkpoints/step-{STEPS:08d}"
+    for path in (alone / last).glob("*.safetensors"):
+        assert (site.run_dir(name) / last / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_two_nodes_train_as_one_machine_does(site: Site, alone: Path) -> None:
+    job = site.train("mine")
+    site.slurm.wait_for(job, "COMPLETED", "FAILED", seconds=200)
+    assert site.slurm.job(job)["JobState"] == "COMPLETED", site.story("mine")
+    require_same_run(site, "mine", alone)
+    status = site.status("mine")
+    assert (status["state"], status["step"], len(status["starts"])) == ("done", STEPS, 1)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_outlives_all_that_happens_to_its_job(site: Site, alone: Path) -> None:
+    """Warned, preempted, requeued, a rank killed, a node lost: each is a restart, and the run is the same."""
+    slurm, at = site.slurm, 0
+    job = site.train("long")
+
+    def warned() -> None:
+        slurm.scancel("--signal=USR1", job)  # as --signal=USR1@120 does
+
+    def preempted() -> None:
+        slurm.sbatch("-N2", "--exclusive", "-p", "high", "--wrap", "sleep 1", cwd=site.folder)
+
+    def requeued() -> None:
+        slurm.scontrol("requeue", job)
+
+    def rank_killed() -> None:
+        os.kill(trainers(slurm, "n2")[0], signal.SIGKILL)
+
+    def node_lost() -> None:
+        slurm.kill_node("n2")
+        slurm.scontrol("update", "NodeName=n2", "State=DOWN", "Reason=power")
+        slurm.start_node("n2")
+
+    came_to = []
+    for number, happens in enumerate((warned, preempted, requeued, rank_killed, node_lost), 1):
+        site.wait_for_step("long", at + 10)
+        happens()
+        wait_until(lambda n=number: slurm.job(job).get("Restarts") == str(n), 60, lambda: site.story("long"))
+        came_to.append(site.rows("long")[-1]["step"])
+        wait_until(
+            lambda n=number: len([e for e in site.events("long") if e["event"] == "start"]) > n,
+            120,
+            lambda: site.story("long"),
+        )
+        at = [event["step"] for event in site.events("long") if event["event"] == "start"][-1]
+        lost = came_to[-1] - at
+        assert lost <= (0 if happens in (warned, preempted, requeued) else EVERY), (happens, came_to, at)
+    slurm.wait_for(job, "COMPLETED", "FAILED", seconds=200)
+    assert slurm.job(job)["JobState"] == "COMPLETED", site.story("long")
+    require_same_run(site, "long", alone)
+    status = site.status("long")
+    assert [start["code"] for start in status["starts"][:4]] == [75, 75, 75, 79]
+    assert status["starts"][3]["reason"].startswith("rank ")
+    assert "was killed by signal 9 (SIGKILL)" in status["starts"][3]["reason"]
+    assert status["starts"][4]["code"] in (None, 75, 79)
+    assert (status["state"], len(status["starts"])) == ("done", 6)
+
+
+def test_scancel_saves_and_ends_for_good(site: Site) -> None:
+    job = site.train("cancelled")
+    site.wait_for_step("cancelled", 10)
+    site.slurm.scancel(job)
+    site.slurm.wait_for(job, "CANCELLED", seconds=30)
+    failure = json.loads((site.run_dir("cancelled") / "failure.json").read_text())
+    assert failure["exit_code"] == 75
+    status = site.status("cancelled")
+    assert status["saved"] == status["step"] == site.rows("cancelled")[-1]["step"]
+    assert (status["state"], site.slurm.job(job)["Restarts"]) == ("stopped", "0")
+
+
+def test_a_mistake_is_told_once_and_not_repeated(site: Site) -> None:
+    job = site.train("wrong", overrides=("model.hidden_size=31",))
+    site.slurm.wait_for(job, "FAILED", seconds=30)
+    assert (site.slurm.job(job)["ExitCode"], site.slurm.job(job)["Restarts"]) == ("64:0", "0")
+    said = (site.folder / f"slurm-wrong-{job}.log").read_text()
+    assert said.count("error:") == 1
+    assert "hidden_size" in said
+
+
+def test_a_crash_at_every_start_is_retried_three_times(site: Site) -> None:
+    """Every rank dies by SIGSEGV before it can say anything."""
+    broken = site.folder / "broken"
+    broken.mkdir()
+    program = "import os\nif 'SLURM_STEP_ID' in os.environ: os.kill(os.getpid(), 11)\n"
+    (broken / "sitecustomize.py").write_text(program)
+    job = site.train("crashing", PYTHONPATH=f"{broken}:{site.environ()['PYTHONPATH']}")
+    site.slurm.wait_for(job, "FAILED", seconds=120)
+    assert site.slurm.job(job)["Restarts"] == "3", site.story("crashing")
+    said = (site.folder / f"slurm-crashing-{job}.log").read_text()
+    assert said.count("starting again") == 3
+    assert (
+        "not started again: 4 starts have ended with no checkpoint: started again 3 times, not more" in said
+    )
+
+
+def test_a_node_that_kills_its_ranks_twice_is_left_out(tmp_path: Path, tiny_data: Path) -> None:
+    require_slurm()
+    with cluster(Settings(nodes=3)) as slurm:
+        site = Site.lay_out(slurm, tmp_path, tiny_data)
+        job = site.train("shifty", overrides=("run.steps=60", "save.every=0"))
+        for number in (1, 2):
+            site.wait_for_step("shifty", 3)
+            os.kill(trainers(slurm, "n2")[0], signal.SIGKILL)
+            slurm.wait_for(job, "PENDING", seconds=60, restarts=number)
+            (site.run_dir("shifty") / "metrics.jsonl").unlink()
+        slurm.wait_for(job, "COMPLETED", "FAILED", seconds=120)
+        found = slurm.job(job)
+        assert (found["JobState"], found["ExcNodeList"], found["NodeList"]) == (
+            "COMPLETED",
+            "n2",
+            "n[1,3]",
+        ), site.story("shifty")
+
+
+def test_one_node_after_two_and_back(site: Site, alone: Path) -> None:
+    """The global batch stays; losses are those of rounding, digests the same."""
+    for nodes, stop in ((2, 100), (1, 200), (2, STEPS)):
+        job = site.train("elastic", nodes=nodes, overrides=(f"run.steps={stop}",))
+        site.slurm.wait_for(job, "COMPLETED", "FAILED", seconds=150)
+        assert site.slurm.job(job)["JobState"] == "COMPLETED", site.story("elastic")
+    rows = site.rows("elastic")
+    expected = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [row["sample_digest"] for row in rows] == [row["sample_digest"] for row in expected]
+    assert [row["loss"] for row in rows[:100]] == [row["loss"] for row in expected[:100]]
+    assert [row["loss"] for row in rows[:110]] == pytest.approx([r["loss"] for r in expected[:110]], rel=1e-5)
+    assert [start["ranks"] for start in site.status("elastic")["starts"]] == [4, 2, 4]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_other_launchers_train_the_same(site: Site, alone: Path, launcher: str) -> None:
+    job = site.train(
+        launcher, script="slurm/train-torchrun.sbatch", overrides=("run.steps=20",), LAUNCHER=launcher
+    )
+    site.slurm.wait_for(job, "COMPLETED", "FAILED", seconds=150)
+    assert site.slurm.job(job)["JobState"] == "COMPLETED", site.story(launcher)
+    expected = [json.loads(line)["loss"] for line in (alone / "metrics.jsonl").read_text().splitlines()[:20]]
+    assert [row["loss"] for row in site.rows(launcher)] == expected
+
+
+def test_the_benchmark_reports_by_itself(site: Site) -> None:
+    recipe = json.loads((site.folder / "ds.json").read_text())
+    for stage in (0, 2):
+        recipe["zero_optimization"]["stage"] = stage
+        (site.folder / f"zero{stage}.json").write_text(json.dumps(recipe))
+    site.train(
+        "speed", "--array=0-2", script="slurm/bench.sbatch", nodes=1, STEPS="20", BENCH_DIR="runs/speed",
+        DEEPSPEED_CONFIGS="zero0.json zero2.json missing.json",
+    )  # fmt: skip
+    report = site.folder / "runs" / "speed" / "report.md"
+    wait_until(report.exists, 200, lambda: site.story("speed"))
+    text = report.read_text()
+    assert "| zero0 | 0 | fp32 | 2 | 8 = 1 x 4 x 2 |" in text
+    assert "| zero2 | 2 | fp32 | 2 | 8 = 1 x 4 x 2 |" in text
+    assert "missing" in text.partition("Failed:")[2]
+
+
+def test_the_time_limit_warns_in_time_and_the_run_goes_on(site: Site) -> None:
+    """Slurm's own clock: limits are whole minutes, and it looks every 30 s."""
+    overrides = ("run.steps=4000", "save.every=0")
+    job = site.train("limited", "--time=2", "--signal=USR1@60", overrides=overrides)
+    wait_until(lambda: site.slurm.job(job).get("Restarts") == "1", 180, lambda: site.story("limited"))
+    came_to = site.rows("limited")[-1]["step"]
+    wait_until(lambda: len(site.status("limited")["starts"]) == 2, 120, lambda: site.story("limited"))
+    status = site.status("limited")
+    assert status["starts"][0]["code"] == 75
+    assert status["starts"][1]["first"] == came_to
+    assert status["state"] == "running"
