@@ -111,7 +111,7 @@ def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
     """The starts of a run from its events: each ends with its own word, or where the next one found it."""
     begun = [n for n, row in enumerate(happened) if row["event"] == "start"]
     found = []
-    for place, following in zip(begun, [*begun[1:], len(happened)], strict=True):
+    for place, following in pairwise([*begun, len(happened)]):
         start = happened[place]
         said = [row for row in happened[place + 1 : following] if row["event"] == "end"]
         batch = [row for row in happened[place + 1 : following] if row["event"] == EVENT]
@@ -153,19 +153,25 @@ def judge(
     if queued is not None and queued[0] in ("RUNNING", "COMPLETING") and (last is None or last.code is None):
         return "running", f"on {queued[1]}"
     decided = next((row for row in reversed(happened) if row["event"] == EVENT), None)
-    verdict = f"; {decided['why']}" if decided is not None and not decided.get("again") else ""
+    verdict = str(decided["why"]) if decided is not None and not decided.get("again") else ""
     if last is None:
         said = f"{failure['where']}: {failure['what']}" if failure else (decided or {}).get("line", "")
-        return ("failed", f"{said}{verdict}") if failure or decided else ("waiting", "for its first step")
+        return (
+            ("failed", _clauses(said, verdict)) if failure or decided else ("waiting", "for its first step")
+        )
     if last.code == 0:
         return "done", ""
     if last.code in (75, 130):
         return "stopped", last.reason
     if last.code is not None:
-        return "failed", f"{last.reason}{verdict}"
+        return "failed", _clauses(last.reason, verdict)
     if queued is None and now - last.ended > max(60.0, QUIET * (pace or 0.0)):
         return "ended without a word", f"nothing for {duration(now - last.ended)}: `bigtfm doctor --run`"
     return "running", ""
+
+
+def _clauses(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
 
 
 def queue_state(job: str | None) -> tuple[str, str] | None:

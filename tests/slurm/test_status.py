@@ -1,0 +1,101 @@
+"""What `bigtfm status` makes of a run directory."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bigtfm.config.problems import ConfigProblem
+from bigtfm.slurm import status as module
+from bigtfm.slurm.status import judge, render, run_dir_of, starts, status
+
+NOW = time.time() - 1000
+
+
+def write(run: Path, rows: list[tuple[int, float]], happened: list[dict[str, Any]], steps: int = 100) -> None:
+    """rows: step, and seconds after NOW at which it was done; each took a second."""
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (run / "resolved.json").write_text(json.dumps({"steps": steps, "world_size": 2}))
+    lines = [
+        {"step": s, "time": NOW + at, "loss": 2.0, "seconds": 1.0, "tokens": 8 * s, "tokens_per_second": 8.0}
+        for s, at in rows
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in happened))
+
+
+def start(at: float, step: int = 0) -> dict[str, Any]:
+    return {"time": NOW + at, "event": "start", "began": NOW + at - 5, "step": step, "ranks": 2, "job": "7"}
+
+
+def end(at: float, code: int, what: str = "", **more: Any) -> dict[str, Any]:
+    return {"time": NOW + at, "event": "end", "code": code, "where": "rank 1", "what": what} | more
+
+
+def test_a_story_of_three_starts(tmp_path: Path) -> None:
+    """Warned, then lost without a word, then done: 40 steps of a second each in 100 s."""
+    rows = [(s, 5 + s) for s in range(1, 21)] + [(s, 60 + s - 20) for s in range(21, 41)]
+    happened = [start(5), end(25.5, 75, "saved"), start(50, 20), start(60, 20), end(100, 0, step=40)]
+    write(tmp_path, rows, happened, steps=40)
+    found = status(tmp_path)
+    assert (found.state, found.step, found.saved, found.tokens_per_second) == ("done", 40, 20, 8.0)
+    assert [(s.first, s.last, s.code) for s in found.starts] == [(0, 20, 75), (20, 20, None), (20, 40, 0)]
+    assert found.starts[1].reason == "it left no word: a lost node, a kill -9"
+    assert found.goodput == pytest.approx(40 / 100, abs=0.01)
+    assert found.busy == pytest.approx(40 / (25.5 + 5 + 45), abs=0.01)
+    assert found.seconds_left is None
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(render(found))
+    assert "40 of 40 (100.0%), saved at 20" in shown.getvalue()
+    assert "75: rank 1: saved" in shown.getvalue()
+
+
+def test_the_time_left_is_that_of_the_last_steps(tmp_path: Path) -> None:
+    write(tmp_path, [(s, 2.0 * s) for s in range(1, 41)], [start(0)])
+    assert status(tmp_path).seconds_left == pytest.approx(60 * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("queued", "code", "state"),
+    [
+        (("PENDING", "BeginTime"), 75, "waiting"),
+        (("RUNNING", "n[1-2]"), None, "running"),
+        (None, None, "ended without a word"),
+        (None, 75, "stopped"),
+        (None, 79, "failed"),
+        (None, 0, "done"),
+    ],
+)
+def test_states(queued: tuple[str, str] | None, code: int | None, state: str) -> None:
+    happened = [start(0)] + ([end(10, code)] if code is not None else [])
+    assert judge(queued, happened, starts(happened, []), {}, NOW + 900, 1.0)[0] == state
+
+
+def test_a_job_that_is_not_started_again_says_why(tmp_path: Path) -> None:
+    given = {
+        "time": NOW,
+        "event": "job ended",
+        "job": "7",
+        "code": 139,
+        "line": "",
+        "again": False,
+        "why": "4 starts",
+    }
+    write(tmp_path, [], [given])
+    found = status(tmp_path)
+    assert (found.state, found.where) == ("failed", "4 starts")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigProblem, match="holds no run"):
+        status(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigProblem, match="Slurm does not know job 4711"):
+        run_dir_of("4711")
+    assert module.queue_state("4711") is None
