@@ -61,6 +61,13 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "--out data/openwebtext": "downloads 40 GB from the Hugging Face hub",
     "deepspeed --num_gpus 8 launch/train.py --deepspeed_config ds_configs/zero1_bf16.json --config "
     "configs/gpt_124m.toml": "needs eight GPUs and OpenWebText",
+    "make setup && source .venv/bin/activate": "the test's environment is set up",
+    "bigtfm prepare --input my.txt --out data/mine": "it is run where it stands in README.md",
+    "bigtfm submit --nodes 2 --gpus-per-node 8 --time 12:00:00 --config configs/gpt_124m.toml "
+    "--deepspeed_config ds_configs/zero1_bf16.json data.path=data/mine run.name=first": "needs Slurm",
+    "bigtfm status runs/first --watch": "needs that job",
+    "CONFIG=configs/llama_1b.toml DEEPSPEED_CONFIG=ds_configs/zero2_bf16.json "
+    "OVERRIDES='data.path=data/mine' sbatch --job-name=llama --nodes=4 slurm/train.sbatch": "needs Slurm",
     "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub",
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "

@@ -26,7 +26,8 @@ def test_the_script_holds_what_was_asked() -> None:
     lines = written(options=("--account=x", "--exclusive"), knobs=("CONTAINER=a b.sif",)).splitlines()
     for line in (
         "#SBATCH --job-name=mine", "#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=2",
-        "#SBATCH --time=12:00:00", "#SBATCH --partition=gpu", "#SBATCH --account=x", "#SBATCH --exclusive", "#SBATCH --signal=USR1@120",
+        "#SBATCH --time=12:00:00", "#SBATCH --partition=gpu", "#SBATCH --account=x",
+        "#SBATCH --exclusive", "#SBATCH --signal=USR1@120",
         "export CONFIG=run.toml", "export RUN_DIR=runs/mine", "export OVERRIDES=run.steps=7",
         "export CONTAINER='a b.sif'",
     ):  # fmt: skip
