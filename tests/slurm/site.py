@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 from conftest import ROOT, TINY
 from slurm.cluster import Cluster, children
 
-STEPS = 400
+EVENTS = int(os.environ.get("SLURM_EVENTS", "5"))  # restarts of the long story; 30 in a long campaign
+STEPS = max(400, 30 * EVENTS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Site:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def wait_for_step(self, name: str, step: int, seconds: float = 120) -> int:
+    def wait_for_step(self, name: str, step: int, seconds: float = 240) -> int:
         """Until the run has come to `step`; where it is then."""
 
         def there() -> bool:
