@@ -56,13 +56,13 @@ class Decision:
 def decide(now: Ended, before: Sequence[Ended], retries: int) -> Decision:
     """before: the earlier ends of this job, oldest first.
 
-    An end that was asked for, a lost rank, a full disk or a kill is followed by another start, unless the
-    last `retries` starts have brought no newer checkpoint: then another one will not, either. A node that the
-    last two failures are about is excluded.
+    An end that was asked for, a lost rank, a full disk, a kill, or ranks that did not meet (the next start
+    has another port) is followed by another start, unless the last `retries` starts have brought no newer
+    checkpoint: then another one will not, either. A node that the last two failures are about is excluded.
     """
     if now.code == 0:
         return Decision(False, "done")
-    if now.code in FINAL:
+    if now.code in FINAL and not now.line.startswith("environment:"):
         return Decision(
             False, f"{FINAL[now.code]} (exit code {now.code}): another start would end the same way"
         )

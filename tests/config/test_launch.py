@@ -105,8 +105,8 @@ def test_an_address_or_port_that_is_set_is_taken() -> None:
         ),
         (
             {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NUM_TASKS": "2"},
-            "error: Slurm: this node has 8 of the job's GPUs, and srun has started 1 task on it: a rank needs "
-            "one each. Fix: ask for --gpus-per-node=8 with --ntasks-per-node=8",
+            "error: Slurm: this node has 8 of the job's GPUs, and srun has started 1 task on it: a rank "
+            "needs one each. Fix: ask for --gpus-per-node=8 with --ntasks-per-node=8",
         ),
         (
             {"CUDA_VISIBLE_DEVICES": "0"},

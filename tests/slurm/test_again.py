@@ -22,6 +22,11 @@ def test_what_would_end_the_same_way_is_final(code: int) -> None:
     assert not decide(end(code), [], 3).again
 
 
+def test_ranks_that_did_not_meet_get_another_port() -> None:
+    assert decide(Ended("7", 64, 0, "environment: the ranks can't meet: ...", None), [], 3).again
+    assert not decide(Ended("7", 64, 0, "run config: run.steps is 0", None), [], 3).again
+
+
 def test_done_is_done() -> None:
     assert decide(end(0), [], 3) == Decision(False, "done")
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from slurm import cluster as clusters
-from slurm.cluster import Cluster
+from slurm.cluster import Cluster, cluster, missing
 from slurm.conftest import require_slurm
 from slurm.settings import Settings
 
@@ -40,7 +39,7 @@ def _wait_until(there: Callable[[], bool], seconds: float = 10) -> None:
 def test_two_nodes_with_two_gpus_each_are_up_within_two_seconds() -> None:
     require_slurm()
     began = time.monotonic()
-    with clusters.cluster() as slurm:
+    with cluster() as slurm:
         assert time.monotonic() - began < 2
         said = slurm.run(
             "srun", "-N2", "--ntasks-per-node=2", "--gpus-per-node=2", "sh", "-c",
@@ -153,11 +152,11 @@ def test_a_cut_cable_cuts(wired: Cluster) -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clusters, "PROGRAMS", ("sh", "slurmctld-of-nowhere"))
+    monkeypatch.setattr("slurm.cluster.PROGRAMS", ("sh", "slurmctld-of-nowhere"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert clusters.missing() == "slurmctld-of-nowhere not installed: make slurm-packages"
+    assert missing() == "slurmctld-of-nowhere not installed: make slurm-packages"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert clusters.missing() == "a Slurm cluster for tests needs root (namespaces)"
+    assert missing() == "a Slurm cluster for tests needs root (namespaces)"
 
 
 def test_in_ci_a_missing_cluster_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
