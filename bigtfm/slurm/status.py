@@ -122,7 +122,8 @@ def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
         if said:
             ended, code = float(said[0]["time"]), said[0].get("code")
             last = max(last, int(said[0].get("step", 0)))
-            reason = "done" if code == 0 else f"{said[0].get('where')}: {said[0].get('what')}"
+            told = (f"{row.get('where')}: {row.get('what')}" for row in said)  # by all that were cut off
+            reason = "done" if code == 0 else "; ".join(dict.fromkeys(told))
         elif batch:
             ended, code = float(batch[0]["time"]), batch[0].get("code")
             reason = batch[0].get("line") or "killed: its ranks left no word"
