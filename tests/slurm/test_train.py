@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -61,7 +63,8 @@ def test_two_nodes_train_as_one_machine_does(site: Site, alone: Path) -> None:
 def test_a_run_outlives_all_that_happens_to_its_job(site: Site, alone: Path) -> None:
     """Warned, preempted, requeued, a rank killed, a node lost: each is a restart, and the run is the same."""
     slurm, at = site.slurm, 0
-    job = site.train("long")
+    database = site.folder / "mlflow.db"
+    job = site.train("long", overrides=("track.mlflow=true", f"track.uri=sqlite:///{database}"))
 
     def warned() -> None:
         slurm.scancel("--signal=USR1", job)  # as --signal=USR1@120 does
@@ -102,6 +105,10 @@ def test_a_run_outlives_all_that_happens_to_its_job(site: Site, alone: Path) -> 
     assert "was killed by signal 9 (SIGKILL)" in status["starts"][3]["reason"]
     assert status["starts"][4]["code"] in (None, 75, 79)
     assert (status["state"], len(status["starts"])) == ("done", EVENTS + 1)
+    with closing(sqlite3.connect(database)) as rows:
+        assert rows.execute("select count(*), min(status) from runs").fetchall() == [(1, "FINISHED")]
+        sent = rows.execute("select step from metrics where key = 'loss'").fetchall()
+    assert {step for (step,) in sent} == set(range(1, STEPS + 1))
 
 
 def test_it_outlives_the_daemons_and_scancel_saves_and_ends_for_good(site: Site) -> None:
