@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtfm.config.problems import ConfigProblem, did_you_mean
+from bigtfm.resilience.events import note
 
 _DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)")
 _KNOB = re.compile(r': "\$\{([A-Z_]+):=')
@@ -108,12 +109,14 @@ def write_script(run_dir: Path, text: str) -> Path:
 
 
 def submit(script: Path) -> str:
-    """The job's number.
+    """The job's number, noted in the events of the run whose script it is.
 
     Raises:
         ConfigProblem: there is no sbatch here, or it refuses, in its words.
     """
-    return _slurm("sbatch", "--parsable", str(script)).strip().split(";")[0]
+    job = _slurm("sbatch", "--parsable", str(script)).strip().split(";")[0]
+    note(script.parent, "submitted", job=job)
+    return job
 
 
 def queue(job: str) -> str:

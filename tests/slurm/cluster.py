@@ -130,7 +130,8 @@ class Cluster:
             holders.append(self._head.holder)
         if self._controller is not None:
             holders.append(self._controller)
-        for process in holders:
+        for process in holders:  # they only wait for what is gone; one that is stopped would not notice
+            process.kill()
             process.wait(10)
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
