@@ -128,8 +128,12 @@ $(VENV)/.test-model: $(READY)
 	@touch $@
 
 .PHONY: test
-test: setup $(VENV)/.test-model ## the whole test suite (GPU tests: make gputest)
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test: setup $(VENV)/.test-model ## the whole test suite (others: make gputest, make slurmtest)
+	@$(BIN)/python -m pytest -m "not gpu and not slurm" $(ARGS)
+
+.PHONY: slurmtest
+slurmtest: setup ## the tests on a Slurm cluster of their own (root; make slurm-packages)
+	@$(BIN)/python -m pytest -m slurm $(ARGS)
 
 .PHONY: gputest
 gputest: setup ## the tests that need an NVIDIA GPU
@@ -154,7 +158,7 @@ check: setup ## format, lint, types, import layers and the fast tests
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest -q -m "not slow and not launcher and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not slow and not launcher and not gpu and not slurm" $(ARGS)
 
 .PHONY: format
 format: setup ## format the code and mend what ruff can mend
