@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
+os.environ["BIGTFM_PARENT"] = str(os.getpid())  # as bigtfm.data.prefetch does; a test before may have, too
 from multiprocessing import forkserver
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*sys.argv[1:], "slow_import"])
@@ -49,7 +50,9 @@ def test_it_dies_too(protected: bool, tmp_path: Path) -> None:
     assert program.stdout is not None
     with program.stdout:
         server = int(program.stdout.readline())
+    deadline = time.monotonic() + 30
     while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline, "it did not begin"
         time.sleep(0.02)
     program.kill()
     program.wait()
