@@ -194,7 +194,7 @@ def _read_marks(done: Attempt, text: str) -> None:
 
 
 def _through_launcher(out: Path, args: Sequence[str], plan: Plan, gone: float) -> Attempt:
-    """The `deepspeed` process is killed: one third of the times at its start, else while its ranks train."""
+    """The `deepspeed` process is killed: one third of the times when ranks start, else while they train."""
     servers = job.servers()
     began = time.monotonic()
     rows = out / "runs" / next(arg for arg in args if arg.startswith("run.name="))[9:] / "metrics.jsonl"
@@ -207,8 +207,13 @@ def _through_launcher(out: Path, args: Sequence[str], plan: Plan, gone: float) -
     def trains() -> bool:
         return rows.exists() and rows.stat().st_mtime > before
 
+    def supervised() -> bool:
+        """A launcher that is gone before the ranks have looked for one is not missed: docs/reliability.md."""
+        ranks = [p for p in processes.living(servers) if "launch/train.py --local_rank" in p.command]
+        return len(ranks) >= 2 * RANKS
+
     done = Attempt(0.0)
-    if plan.turn == 1 or _wait(trains, alive, PATIENCE):
+    if _wait(supervised if plan.turn == 1 else trains, alive, PATIENCE):
         time.sleep((4.0 if plan.turn == 1 else 1.0) * plan.after)
         done.killed = [launcher.pid] if alive() else []
     processes.kill(done.killed)
