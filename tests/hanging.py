@@ -84,7 +84,7 @@ def held_gil() -> None:
 
 def stopped() -> None:
     def stop() -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)  # LINE stopped
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     _in_forward(stop)
 
@@ -191,6 +191,8 @@ class Hung:
         what = {
             "left_out_sum": "has left out all_reduce (bigtfm/train.py:",
             "left_out_reduction": "has left out all_reduce (bigtfm/train.py:",
+            # Not its line: it goes on for a moment to show it, and may have left it by then.
+            "stopped": "stopped by a signal (SIGSTOP) for",
             "exited": "left with exit code 0 in forward at step 7 (bigtfm/train.py:",
         }.get(self.fault, line_of(self.fault))
         checks = {
