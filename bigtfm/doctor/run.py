@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 import time
@@ -16,6 +15,7 @@ from bigtfm.config.run import load_run_config
 from bigtfm.doctor.findings import Finding, error, examine, ok, warning
 from bigtfm.doctor.storage import check_folder
 from bigtfm.engine.checkpoint import defect, steps_in
+from bigtfm.mlflow_sender import read_json
 from bigtfm.resilience import events
 from bigtfm.tracking import iterate_metrics
 
@@ -70,8 +70,8 @@ def read(run_dir: Path) -> Standing:
     rows = list(iterate_metrics(run_dir / "metrics.jsonl"))
     seconds = [row["seconds"] for row in rows[-RECENT:] if isinstance(row.get("seconds"), float)]
     return Standing(
-        resolved=_json(run_dir / "resolved.json"),
-        failure=_json(run_dir / "failure.json"),
+        resolved=read_json(run_dir / "resolved.json"),
+        failure=read_json(run_dir / "failure.json"),
         owner=owner_of(run_dir),
         step=int(rows[-1]["step"]) if rows else 0,
         last_at=rows[-1].get("time") if rows else None,
@@ -126,7 +126,7 @@ def _of_a_running_one(standing: Standing, place: str) -> Finding:
 def _out_of_patience(run_dir: Path, resolved: dict[str, Any]) -> bool:
     patience = resolved.get("run_config", {}).get("eval", {}).get("patience", 0)
     newest = next(iter(steps_in(run_dir / "checkpoints").values()), run_dir)
-    progress = _json(newest / "state.json").get("progress", {})
+    progress = read_json(newest / "state.json").get("progress", {})
     return 0 < patience <= progress.get("stale_evaluations", 0)
 
 
@@ -202,7 +202,7 @@ def owner_of(run_dir: Path) -> str | None:
     ]
     if not pids:
         return None
-    written = _json(lock)
+    written = read_json(lock)
     since = f" on {written['host']} since {written['since']}" if {"host", "since"} <= written.keys() else ""
     return f"process {written.get('pid', pids[0])}{since}"
 
@@ -248,17 +248,8 @@ def _mlflow(run_dir: Path) -> list[Finding]:
     """Whether all rows have been sent."""
     if not (run_dir / "tracking.json").exists():
         return []
-    sent = _json(run_dir / "mlflow.json")
+    sent = read_json(run_dir / "mlflow.json")
     if sent.get("error"):
         command = f"bigtfm sync {shlex.quote(str(run_dir))}"
         return [warning("MLflow", str(sent["error"])[:300], f"start or mend the server, then {command}")]
     return [ok("MLflow", f"run {sent.get('run_id', 'not begun')}")]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty: none that can be read."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

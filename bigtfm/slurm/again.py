@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from bigtfm.config.launch import hosts, tasks_per_node
 from bigtfm.config.problems import (
@@ -19,6 +17,7 @@ from bigtfm.config.problems import (
     NumericsProblem,
     RequeueRequested,
 )
+from bigtfm.mlflow_sender import read_json
 from bigtfm.resilience import events
 
 EVENT = "job ended"
@@ -89,13 +88,8 @@ def ended(run_dir: Path, code: int, environ: Mapping[str, str], since: float) ->
 
     since: when it began (Unix seconds); a failure.json of before is another's.
     """
-    failure: dict[str, Any] = {}
     path = run_dir / "failure.json"
-    try:
-        if path.stat().st_mtime >= since:
-            failure = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        pass
+    failure = read_json(path) if path.exists() and path.stat().st_mtime >= since else {}
     said = code
     if isinstance(failure.get("exit_code"), int):  # srun has killed ranks that were slower to say it
         said = failure["exit_code"]

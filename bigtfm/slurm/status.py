@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.console import duration
+from bigtfm.mlflow_sender import read_json
 from bigtfm.resilience import events
 from bigtfm.slurm.again import EVENT, newest_step
 from bigtfm.tracking import iterate_metrics
@@ -74,7 +74,7 @@ def status(run_dir: Path) -> Status:
         )
     rows = list(iterate_metrics(run_dir / "metrics.jsonl"))
     happened = list(events.read(run_dir))
-    resolved, failure = _json(run_dir / "resolved.json"), _json(run_dir / "failure.json")
+    resolved, failure = read_json(run_dir / "resolved.json"), read_json(run_dir / "failure.json")
     now = time.time()
     begun = starts(happened, rows)
     job = next((str(row["job"]) for row in reversed(happened) if row.get("job")), None)
@@ -293,11 +293,3 @@ def _share(part: float, whole: float) -> float | None:
 
 def _clock(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
