@@ -10,6 +10,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from bigtfm.resilience.processes import process
+
 PACKAGES = ("bigtfm", "torch", "deepspeed", "numpy", "datasets", "sentencepiece", "transformers", "mlflow")
 
 
@@ -46,12 +48,12 @@ def environment() -> dict[str, str]:
 
 def started_at() -> float:
     """When this process was started, in Unix seconds; without /proc: now."""
+    own = process(os.getpid())
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError):
         return time.time()
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - uptime + own.started / os.sysconf("SC_CLK_TCK") if own is not None else time.time()
 
 
 def _output(*command: str) -> str | None:

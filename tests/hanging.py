@@ -23,7 +23,7 @@ from typing import Any
 import rank_runner
 
 from bigtfm.data.loader import Loader
-from bigtfm.resilience import stacks
+from bigtfm.resilience.processes import Process, descendants
 
 STEP = 7
 SAMPLES = 8  # a step
@@ -84,7 +84,7 @@ def held_gil() -> None:
 
 def stopped() -> None:
     def stop() -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # LINE stopped
 
     _in_forward(stop)
 
@@ -191,8 +191,6 @@ class Hung:
         what = {
             "left_out_sum": "has left out all_reduce (bigtfm/train.py:",
             "left_out_reduction": "has left out all_reduce (bigtfm/train.py:",
-            # Not its line: it goes on for a moment to show it, and may have left it by then.
-            "stopped": "stopped by a signal (SIGSTOP) for",
             "exited": "left with exit code 0 in forward at step 7 (bigtfm/train.py:",
         }.get(self.fault, line_of(self.fault))
         checks = {
@@ -231,11 +229,11 @@ def hang(fault: str, victim: int, stage: int, folder: Path, data: Path, *overrid
 
 
 def _follow(result: Hung, started: Sequence[Any]) -> Iterator[Hung]:
-    folder, seen = result.folder, dict[int, str]()
+    folder, seen = result.folder, set[Process]()
     while any(process.is_alive() for process in started):
         began = _struck(folder)
         if began:
-            seen |= {pid: _born(pid) for p in started for pid in stacks.descendants(p.pid or 0)}
+            seen |= {child for p in started for child in descendants(p.pid or 0)}
             if result.named < 0 and any(
                 re.search(r"bigtfm: (error|note: rank)", o) for o in _outputs(folder)
             ):
@@ -247,7 +245,7 @@ def _follow(result: Hung, started: Sequence[Any]) -> Iterator[Hung]:
     if result.named < 0 and result.lines:
         result.named = result.gone
     while True:
-        result.left = [pid for pid, born in seen.items() if born and _born(pid) == born]
+        result.left = [child.pid for child in seen if child.lives]
         if not result.left or time.time() - (_struck(folder) or 0) > result.gone + 10:
             break
         time.sleep(0.1)
@@ -266,15 +264,6 @@ def said(folder: Path) -> list[str]:
 
 def _outputs(folder: Path) -> list[str]:
     return [path.read_text(errors="replace") for path in sorted(folder.glob("rank-*.out"))]
-
-
-def _born(pid: int) -> str:
-    """What tells a process from another one of the same number; "": it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return fields[19] if fields[0] != "Z" else ""
 
 
 def all_of(jobs: Sequence[Iterator[Hung]], at_once: int = 2) -> Iterator[Hung]:

@@ -11,6 +11,8 @@ from typing import Any
 import parity
 import rank_runner
 
+from bigtfm.resilience import events
+
 SCHEDULE = {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 8, "total_num_steps": 20}}
 
 
@@ -51,3 +53,8 @@ def shards_of(run_dir: Path, step: int) -> dict[str, Any]:
     """Size and SHA-256 of every file of weights and moments in a checkpoint."""
     manifest = json.loads((run_dir / f"checkpoints/step-{step:08d}/manifest.json").read_text())
     return {name: file for name, file in manifest["files"].items() if name.endswith(".safetensors")}
+
+
+def events_of(run_dir: Path, event: str) -> list[dict[str, Any]]:
+    """The rows of events.jsonl with this name, oldest first."""
+    return [row for row in events.read(run_dir) if row["event"] == event]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm.config.problems import Occupied
+from bigtfm.resilience.processes import process
 
 LOCK = ".lock"
 
@@ -105,8 +106,5 @@ def _write(handle: int, content: dict[str, Any]) -> None:
 
 def _began(pid: int) -> int:
     """When a process began, in clock ticks since the machine's start; 0: not there, or not known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[19])
-    except (OSError, ValueError, IndexError):
-        return 0
+    found = process(pid)
+    return found.started if found is not None else 0

@@ -28,7 +28,7 @@ class Report:
     rank: int
     host: str
     pid: int
-    state: str  # see stacks.state
+    state: str  # see processes.Process
     step: int
     phase: str
     site: str  # file:line at which the phase began

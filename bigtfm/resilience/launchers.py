@@ -7,39 +7,49 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+
+from bigtfm.resilience.processes import Process, process
 
 _PROGRAMS = ("deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate")
+_BELOW_RUNNER = "deepspeed.launcher.launch"
 _MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.commands.")
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """A process, told from a later one with the same number by when it started."""
+    """process: None: it was gone already when this process looked for it."""
 
     name: str
-    pid: int
-    started: str
+    process: Process | None
 
     @property
     def lives(self) -> bool:
-        found = _stat(self.pid)
-        return found is not None and found[1] == self.started and found[2] != "Z"
+        return self.process is not None and self.process.lives
 
 
 def launchers() -> list[Launcher]:
     """Those among this process's ancestors; a user's shell is none. Empty where there is no /proc."""
-    found, pid = [], os.getppid()
-    while pid > 1 and (process := _stat(pid)) is not None:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
-        except OSError:
-            break
-        name = launcher_in(words)
+    found, at = [], process(os.getppid())
+    while at is not None and at.pid > 0:
+        name = launcher_in(at.words or [""])
         if name is not None:
-            found.append(Launcher(name, pid, process[1]))
-        pid = process[0]
+            found.append(Launcher(name, at))
+            if name == _BELOW_RUNNER and _left_behind(at):
+                found.append(Launcher("deepspeed", None))
+        at = process(at.parent)
     return found
+
+
+def _left_behind(launch: Process) -> bool:
+    """Whether the `deepspeed` command that started this launcher of ranks is gone.
+
+    Who is left behind has a new parent: init, or a subreaper, in another process group. On other machines of
+    the job ssh or srun have started it, and it leads its group or is in that of the shell above it.
+    """
+    parent = process(launch.parent)
+    if parent is not None and launcher_in(parent.words or [""]) is not None:
+        return False
+    return process(launch.group) is None or (launch.parent == 1 and launch.group != 1)
 
 
 def launcher_in(words: Sequence[str]) -> str | None:
@@ -56,12 +66,3 @@ def launcher_in(words: Sequence[str]) -> str | None:
             script = os.path.basename(word)
             return script if script in _PROGRAMS else None
     return None
-
-
-def _stat(pid: int) -> tuple[int, str, str] | None:
-    """(parent, start time, state) of a process; None: it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return int(fields[1]), fields[19], fields[0]

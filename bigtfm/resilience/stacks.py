@@ -1,11 +1,13 @@
 """Python stacks of a process, seen from another one: also while it holds the GIL or hangs in the kernel.
 
-faulthandler writes them on SIGQUIT, without the interpreter's help. Only a thread that does nothing else
-takes this signal: it would cut short a sleep or a system call of any other, and free what is to be looked at.
+faulthandler writes them on a signal, without the interpreter's help. Only a thread that does nothing else
+takes SIGQUIT: it would cut short a sleep or a system call of any other, and free what is to be looked at.
+A stopped process has to go on for it; there the main thread takes WHEN_STOPPED, before it does anything else.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import re
@@ -17,9 +19,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from bigtfm.resilience.processes import state
+
 PACKAGE = Path(__file__).parents[1]
 MEMORY = "bigtfm-stacks"
-STOPPED = ("T", "t")  # by a signal, by a debugger
+WHEN_STOPPED = getattr(signal, "SIGRTMAX", 64) - 3
+_RECEIVER = "_take_the_signal"
 _LIBRARIES = re.compile(r".*/(?:site-packages|dist-packages|lib/python3[.\d]*t?)/")
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
@@ -62,7 +67,8 @@ def register() -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGQUIT})  # here, and in the threads to come
     memory = os.memfd_create(MEMORY)  # open as long as the process lives: its name is how it is found
-    faulthandler.register(signal.SIGQUIT, file=memory, all_threads=True)
+    for number in (signal.SIGQUIT, WHEN_STOPPED):
+        faulthandler.register(number, file=memory, all_threads=True)
     threading.Thread(target=_take_the_signal, name="stacks", daemon=True).start()
 
 
@@ -72,32 +78,11 @@ def _take_the_signal() -> None:
     os.read(forever, 1)
 
 
-def state(pid: int) -> str:
-    """The process's state as /proc names it: R, S, D (in the kernel, deaf), T or t (stopped), Z; "": gone."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    return ""
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes below this one."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError, IndexError):
-            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return sorted(found)
-
-
 def of(pid: int, timeout: float = 1.0) -> str:
     """faulthandler's text of all threads; "": the process does not `register`, or can't be made to speak.
 
-    A stopped process goes on for the moment that this takes; one in a debugger is left alone.
+    A stopped process goes on for the moment that this takes, after its stacks were written; one in a debugger
+    is left alone.
 
     timeout: seconds.
     """
@@ -106,10 +91,12 @@ def of(pid: int, timeout: float = 1.0) -> str:
         return ""
     try:
         before = os.fstat(memory).st_size
-        os.kill(pid, signal.SIGQUIT)
         stopped = state(pid) == "T"
         if stopped:
+            _to_thread(pid, WHEN_STOPPED)
             os.kill(pid, signal.SIGCONT)
+        else:
+            os.kill(pid, signal.SIGQUIT)
         text = _appended(memory, before, timeout)
         if stopped:
             os.kill(pid, signal.SIGSTOP)
@@ -118,6 +105,15 @@ def of(pid: int, timeout: float = 1.0) -> str:
         return ""
     finally:
         os.close(memory)
+
+
+def _to_thread(pid: int, number: int) -> None:
+    """A signal for a process's main thread (tgkill(2)): it waits there, and comes first when it goes on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "tgkill"):  # glibc before 2.30: for whichever thread goes on first
+        os.kill(pid, number)
+    elif libc.tgkill(pid, pid, number):
+        raise OSError(ctypes.get_errno(), "tgkill")
 
 
 def _memory_of(pid: int) -> int | None:
@@ -144,13 +140,12 @@ def _appended(memory: int, before: int, timeout: float) -> str:
 def threads(text: str) -> tuple[tuple[Frame, ...], ...]:
     """The threads in faulthandler's text, the main one first, each from its innermost frame outwards.
 
-    The one that took the signal is left out.
+    The one that is there to take the signal is left out.
     """
-    found: list[list[Frame]] = []
+    found: list[tuple[Frame, ...]] = []
     for part in re.split(r"^(?=Thread |Current thread )", text, flags=re.MULTILINE):
-        if part.startswith("Thread "):
-            lines = [_FRAME.match(line) for line in part.splitlines()]
-            found.append(
-                [Frame(shown(hit[1]), int(hit[2]), hit[3], not is_library(hit[1])) for hit in lines if hit]
-            )
-    return tuple(tuple(frames) for frames in reversed(found) if frames)  # faulthandler has the newest first
+        lines = [_FRAME.match(line) for line in part.splitlines()]
+        frames = [Frame(shown(hit[1]), int(hit[2]), hit[3], not is_library(hit[1])) for hit in lines if hit]
+        if frames and _RECEIVER not in {frame.function for frame in frames}:
+            found.append(tuple(frames))
+    return tuple(reversed(found))  # faulthandler has the newest first

@@ -168,7 +168,7 @@ class Supervisor:
     def _look_at_launchers(self, now: float) -> None:
         for launcher in self._launchers:
             if not launcher.lives:
-                note(self._run_dir, "launcher gone", rank=self._rank, name=launcher.name, pid=launcher.pid)
+                note(self._run_dir, "launcher gone", rank=self._rank, name=launcher.name)
                 self._launchers = []
                 self._arrivals.add("launcher", ORPHANED)
                 self._orphaned = now + _ORPHANED

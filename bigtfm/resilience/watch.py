@@ -14,6 +14,7 @@ from bigtfm.config.problems import Hang
 from bigtfm.config.sections import GuardSection
 from bigtfm.resilience import events, stacks
 from bigtfm.resilience.diagnosis import Report, Verdict, diagnose
+from bigtfm.resilience.processes import descendants, state
 from bigtfm.resilience.pulse import OWN_WORK, PhaseTimes, Pulse, when
 
 NOTICE, FIRST_NOTICE = 20.0, 60.0  # seconds after which a rank is named: usually, and in what it does first
@@ -69,19 +70,19 @@ class Watch:
     def report(self, pid: int) -> Report:
         """All about the trainer `pid`. Takes up to two seconds.
 
-        A stopped one shows its stacks only when its time is over: it has to go on for a moment to do so, and
-        its time would begin anew.
+        A stopped one shows its stacks only when its time is over: its other threads go on for a moment then,
+        and its time would begin anew.
         """
-        reading, state = self._pulse.read(), stacks.state(pid)
+        reading, now = self._pulse.read(), state(pid)
         _, limit = self._patience(reading.times[reading.phase])
-        text = "" if state == "T" and self._seconds < limit else stacks.of(pid)
-        workers = {worker: stacks.of(worker, timeout=0.5) for worker in stacks.descendants(pid)}
+        text = "" if now == "T" and self._seconds < limit else stacks.of(pid)
+        workers = {worker.pid: stacks.of(worker.pid, timeout=0.5) for worker in descendants(pid)}
         main_threads = (stacks.threads(said)[:1] for said in workers.values())
         calls = self._pulse.collectives()
         waits_in = (calls if reading.waiting else self._pulse.collectives(lane=1))[-1:]
         said = [f"process {worker}:\n{said}" for worker, said in workers.items() if said]
         return Report(
-            *(self._rank, socket.gethostname(), pid, state, reading.step, reading.phase, reading.site),
+            *(self._rank, socket.gethostname(), pid, now, reading.step, reading.phase, reading.site),
             seconds=self._seconds,
             waits=reading.waits,
             collectives=tuple(calls),

@@ -207,14 +207,12 @@ def _through_launcher(out: Path, args: Sequence[str], plan: Plan, gone: float) -
     def trains() -> bool:
         return rows.exists() and rows.stat().st_mtime > before
 
-    def supervised() -> bool:
-        """A launcher that is gone before the ranks have looked for one is not missed: docs/reliability.md."""
-        ranks = [p for p in processes.living(servers) if "launch/train.py --local_rank" in p.command]
-        return len(ranks) >= 2 * RANKS
+    def launched() -> bool:
+        return any("deepspeed.launcher.launch" in p.command for p in processes.living(servers))
 
     done = Attempt(0.0)
-    if _wait(supervised if plan.turn == 1 else trains, alive, PATIENCE):
-        time.sleep((4.0 if plan.turn == 1 else 1.0) * plan.after)
+    if _wait(launched if plan.turn == 1 else trains, alive, PATIENCE):
+        time.sleep((12.0 if plan.turn == 1 else 1.0) * plan.after)
         done.killed = [launcher.pid] if alive() else []
     processes.kill(done.killed)
     done.seconds = time.monotonic() - began

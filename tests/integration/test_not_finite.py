@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import many_runs
 import not_finite
 import pytest
 import rank_runner
-from many_runs import job, rows_of, shards_of
+from many_runs import events_of, job, rows_of, shards_of
 from plain_torch import relative
 from rank_runner import outcomes_of
 
@@ -121,9 +120,9 @@ def test_a_step_is_left_out_on_all_ranks_and_touches_nothing(cell: str, runs: Pa
     assert (str(rows[BAD - 1]["loss"]).lower() in ("nan", "infinity")) == (place == "loss")
     lr = [row["lr"] for row in rows]
     assert lr[BAD - 1] == lr[BAD], "the schedule counts updates"
-    event = json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])
+    [event] = events_of(run_dir, "step left out")
     what = "loss" if place == "loss" else f"gradient of decoder.{not_finite.PARAMETER}"
-    assert (event["event"], event["step"], event["rank"]) == ("step left out", BAD, 1)
+    assert (event["step"], event["rank"]) == (BAD, 1)
     assert (event["what"], event["value"]) == (what, value)
     if setting[0] not in PRECISIONS:
         return
@@ -146,9 +145,8 @@ def test_what_is_left_of_it_is_the_same_at_all_stages(place: str, runs: Path) ->
 
 def test_the_samples_named_are_those_of_the_micro_batch(runs: Path) -> None:
     """Of samples 8 to 15 rank 1 has 12 to 15 in one micro-batch, or 10, 11 in the first of two."""
-    whole, half = (
-        json.loads((runs / f"gradient-nan-once-0-{name}/events.jsonl").read_text().splitlines()[0])
-        for name in ("fp32-0", "halves-0")
+    [whole], [half] = (
+        events_of(runs / f"gradient-nan-once-0-{name}", "step left out") for name in ("fp32-0", "halves-0")
     )
     assert len(set(whole["samples"])) == 4
     assert len(set(half["samples"])) == 2
@@ -157,7 +155,7 @@ def test_the_samples_named_are_those_of_the_micro_batch(runs: Path) -> None:
 
 def test_a_fault_that_is_gone_when_run_again_is_told_apart(runs: Path) -> None:
     run_dir = runs / "loss-inf-transient-0-fp32-2"
-    event = json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])
+    [event] = events_of(run_dir, "step left out")
     assert (event["what"], event["rank"]) == ("finite when run again", 1)
     assert outcomes_of(run_dir)[0]["untouched"] == [True]
 

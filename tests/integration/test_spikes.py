@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import rank_runner
 import spiky
-from many_runs import SCHEDULE, fork_run, job, rows_of, shards_of
+from many_runs import SCHEDULE, events_of, fork_run, job, rows_of, shards_of
 from rank_runner import outcomes_of
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
@@ -71,10 +71,6 @@ def digests(run_dir: Path) -> list[str]:
     return [row["sample_digest"] for row in rows_of(run_dir)]
 
 
-def events_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-
-
 def test_a_run_goes_back_and_leaves_out_the_window(runs: Path) -> None:
     rows, clean = rows_of(runs / "spike"), rows_of(runs / "clean")
     assert outcomes_of(runs / "spike") == [{"code": 0, "line": ""}] * 2
@@ -82,8 +78,7 @@ def test_a_run_goes_back_and_leaves_out_the_window(runs: Path) -> None:
     assert curve(runs / "spike")[:12] == curve(runs / "clean")[:12]
     assert digests(runs / "spike") == [row["sample_digest"] for row in (*clean[:12], *clean[14:])]
     assert [row["lr"] for row in rows[12:]] == [row["lr"] / 2 for row in clean[12:STEPS]]
-    (event,) = events_of(runs / "spike")
-    assert event["event"] == "spike"
+    [event] = events_of(runs / "spike", "spike")
     assert {key: event[key] for key in WINDOW} == WINDOW
     cut = [json.loads(line) for line in (runs / "spike" / event["cut"]).read_text().splitlines()]
     assert [row["step"] for row in cut] == [13, 14]
@@ -105,7 +100,7 @@ def test_a_later_resume_still_leaves_it_out(runs: Path) -> None:
 def test_two_spikes_add_up(runs: Path) -> None:
     clean = rows_of(runs / "clean")
     assert outcomes_of(runs / "two")[0]["code"] == 0
-    assert [event["step"] for event in events_of(runs / "two")] == [10, 12]
+    assert [event["step"] for event in events_of(runs / "two", "spike")] == [10, 12]
     taken = [row["sample_digest"] for row in (*clean[:8], *clean[10:12], *clean[14:18])]
     assert digests(runs / "two") == taken
     factors = [1.0] * 8 + [0.25] * 6
@@ -130,7 +125,7 @@ def test_one_spike_too_many_ends_the_run(runs: Path) -> None:
 def test_before_the_first_checkpoint_it_goes_on(runs: Path) -> None:
     assert outcomes_of(runs / "early")[0]["code"] == 0
     assert digests(runs / "early") == digests(runs / "clean")[:12]
-    (event,) = events_of(runs / "early")
+    [event] = events_of(runs / "early", "spike")
     assert (event["step"], event["back_to"]) == (10, None)
 
 

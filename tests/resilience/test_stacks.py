@@ -12,13 +12,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from bigtfm.resilience import stacks
+from bigtfm.resilience import processes, stacks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 
 PROGRAM = """
 import ctypes, os, signal, sys, threading, time
-from bigtfm.resilience import stacks
+from bigtfm.resilience import processes, stacks
 
 def stand_still():
     {what}
@@ -76,10 +76,20 @@ def test_a_stopped_process_is_seen_and_stays_stopped() -> None:
     with process("time.sleep(600)") as started:
         started.send_signal(signal.SIGSTOP)
         time.sleep(0.1)
-        assert stacks.state(started.pid) == "T"
+        assert processes.state(started.pid) == "T"
         assert functions(stacks.of(started.pid)) == ["stand_still", "main", "<module>"]
         time.sleep(0.1)
-        assert stacks.state(started.pid) == "T"
+        assert processes.state(started.pid) == "T"
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_a_stopped_process_is_seen_where_it_was_stopped(turn: int) -> None:
+    """And not where it comes to while it goes on to show it."""
+    with process("os.kill(os.getpid(), signal.SIGSTOP)") as started:
+        time.sleep(0.2)
+        assert functions(stacks.of(started.pid)) == ["stand_still", "main", "<module>"]
+        assert started.stdout is not None
+        assert started.stdout.readline() == "went on\n", "it was on its way meanwhile"
 
 
 def test_threads_come_with_the_main_one_first() -> None:
@@ -95,13 +105,13 @@ def test_a_process_that_is_not_prepared_is_left_alone() -> None:
         assert stacks.of(started.pid) == ""
         time.sleep(0.1)
         assert started.poll() is None
-        assert stacks.state(started.pid) == "S"
+        assert processes.state(started.pid) == "S"
 
 
 def test_a_process_that_is_gone() -> None:
     with process("pass") as started:
         started.wait()
-        assert (stacks.state(started.pid), stacks.of(started.pid), stacks.descendants(started.pid)) == (
+        assert (processes.state(started.pid), stacks.of(started.pid), processes.descendants(started.pid)) == (
             "",
             "",
             [],
@@ -112,12 +122,12 @@ def test_descendants_are_found_at_any_depth() -> None:
     child = "import subprocess, sys; subprocess.run(['sleep', '600'])"
     with process(f"import subprocess; subprocess.run([sys.executable, '-c', {child!r}])") as started:
         time.sleep(0.3)
-        below = stacks.descendants(started.pid)
+        below = processes.descendants(started.pid)
         try:
             assert len(below) == 2
         finally:
-            for pid in below:
-                os.kill(pid, signal.SIGKILL)
+            for child in below:
+                os.kill(child.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

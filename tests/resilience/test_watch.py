@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from bigtfm.config.sections import GuardSection
-from bigtfm.resilience import events, stacks
+from bigtfm.resilience import events
 from bigtfm.resilience.diagnosis import Report
+from bigtfm.resilience.processes import state
 from bigtfm.resilience.pulse import OWN_WORK, Pulse
 from bigtfm.resilience.stacks import Frame
 from bigtfm.resilience.watch import FIRST_NOTICE, NOTICE, Beat, Doctor, Stragglers, Watch
@@ -70,7 +71,7 @@ def test_a_stopped_trainer_stays_stopped_until_its_time_is_over() -> None:
     try:
         trainer.stdout.readline()
         os.kill(trainer.pid, signal.SIGSTOP)
-        while stacks.state(trainer.pid) != "T":
+        while state(trainer.pid) != "T":
             time.sleep(0.01)
         for second in range(22):
             eye.beat(float(second))
