@@ -5,6 +5,7 @@ It meets the other ranks through a file, and writes who it is to pids-RANK and i
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from bigtfm.config.sections import GuardSection
 from bigtfm.resilience import hub
 from bigtfm.resilience.lifeline import Lifeline, Restart
 from bigtfm.resilience.signals import stopped
-from bigtfm.resilience.supervisor import supervise
+from bigtfm.resilience.supervisor import Supervisor, supervise
 
 RUN = Path("run")
 
@@ -55,6 +56,12 @@ def trainer(way: str, launch: Launch, lifeline: Lifeline, changes: dict[str, Any
                 raise Hang("another rank has ended: connection closed", where="communication", fix="see it")
             if way == "done" and step == 10:
                 return
+            if way == "slow-exit" and step == 10:
+                lifeline.report(None)
+                assert lifeline._lines is not None
+                lifeline._lines.connection.close()  # as the interpreter's end does, which may take its time
+                time.sleep(2)
+                return
             if changes and step == 10:
                 print("restarted with", changes)
                 return
@@ -89,8 +96,22 @@ def misbehave(way: str) -> None:
         raise Restart(attempt=1)
 
 
+def count_turns() -> None:
+    """The supervisor says in the end how often it has looked around."""
+    turns, listen, supervisor = [0], Supervisor._listen, os.getpid()
+
+    def counted(self: Supervisor) -> None:
+        turns[0] += 1
+        listen(self)
+
+    Supervisor._listen = counted  # type: ignore[method-assign]
+    atexit.register(lambda: print("turns", turns[0]) if os.getpid() == supervisor else None)
+
+
 def main() -> int:
     RUN.mkdir(exist_ok=True)
+    if sys.argv[-1] == "slow-exit":
+        count_turns()
     hub.SILENT = float(os.environ.get("TOY_SILENT", hub.SILENT))
     launch = Launch.from_environment(os.environ)
     way = sys.argv[-1]

@@ -35,17 +35,14 @@ def note_in(pulse: Pulse) -> None:
 
 
 def _noted(name: str, function: Callable[..., Any], pulse: Pulse) -> Callable[..., Any]:
+    waiting = _waiting(function, pulse)
+
     @functools.wraps(function)
     def noted(*args: Any, **kwargs: Any) -> Any:
-        lane = _lane()
         elements = sum(_elements(value) for value in (*args[:2], *kwargs.values()))
         group = getattr(kwargs.get("group"), "group_name", "")
-        pulse.begin_collective(name, group, elements, _sites(sys._getframe(1)), lane=lane)
-        pulse.wait(lane=lane)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            pulse.go_on(lane=lane)
+        pulse.begin_collective(name, group, elements, _sites(sys._getframe(1)), lane=_lane())
+        return waiting(*args, **kwargs)
 
     return noted
 

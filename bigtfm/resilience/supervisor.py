@@ -150,6 +150,8 @@ class Supervisor:
                 self._own = self._own or Outcome(**message["outcome"])
             elif message.get("meet") is not None:
                 self._council.meet(message["meet"])
+        if self._lines.closed and self._lines in self._selector.get_map():  # else it wakes us all the time
+            self._selector.unregister(self._lines)
 
     def _look_at_trainer(self, now: float) -> None:
         if not self._exited:
@@ -157,7 +159,6 @@ class Supervisor:
             if pid:
                 self._exited = True
                 self._listen()  # to its last words
-                self._selector.unregister(self._lines)
                 self._selector.unregister(self._wake)
                 self._own = self._own or of_silent_end(
                     self._rank, os.waitstatus_to_exitcode(status), self._council.last_seen

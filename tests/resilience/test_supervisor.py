@@ -92,6 +92,12 @@ def job(tmp_path: Path) -> Iterator[Job]:
         rank.wait()
 
 
+def test_it_sleeps_while_a_trainer_takes_its_time_to_leave(job: Job) -> None:
+    codes, [line] = job.start("slow-exit").end()
+    assert codes == [0]
+    assert int(line.removeprefix("turns ")) < 1000, "some twenty in those two seconds"
+
+
 # --- how it ended
 
 
