@@ -161,6 +161,7 @@ class Cluster:
         """A power loss: slurmd, batch script and tasks are gone at once."""
         node = self.nodes.pop(name)
         os.kill(node.first, signal.SIGKILL)
+        node.holder.wait(10)  # the first process of a namespace is gone when all of it is
         self._others.append(node.holder)
 
     def kill_slurmd(self, name: str) -> None:

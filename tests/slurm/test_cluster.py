@@ -88,6 +88,7 @@ def _commands(*parts: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_higher_partition_preempts_with_a_warning_and_the_job_comes_back(
     slurm: Cluster, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_higher_partition_preempts_with_a_warning_and_the_job_comes_back(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_outlives_the_daemons(slurm: Cluster, tmp_path: Path) -> None:
     job = slurm.sbatch("-N2", "--exclusive", "--wrap", "echo started; sleep 4; echo ended",
                        f"--output={tmp_path}/out", cwd=tmp_path)  # fmt: skip
@@ -120,10 +122,12 @@ def test_a_job_outlives_the_daemons(slurm: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_power_loss_takes_everything_and_the_job_runs_elsewhere(slurm: Cluster, tmp_path: Path) -> None:
     work = 'echo started on $SLURM_JOB_NODELIST; [ "$SLURM_RESTART_COUNT" ] || sleep 4712'
     job = slurm.sbatch("-N1", "-w", "n1", script(tmp_path, work), cwd=tmp_path)
     wait_for_line(tmp_path / "out", "started on n1")
+    _wait_until(lambda: _commands("sleep\x004712") == 1)
     slurm.kill_node("n1")
     assert _commands("sleep\x004712") == 0
     slurm.scontrol("update", "NodeName=n1", "State=DOWN", "Reason=power")
