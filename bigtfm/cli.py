@@ -591,7 +591,8 @@ def status(
     """
     from dataclasses import asdict
 
-    from bigtfm.slurm.status import follow, render, run_dir_of
+    from bigtfm.slurm.queue import run_dir_of
+    from bigtfm.slurm.status import follow, render
     from bigtfm.slurm.status import status as look
 
     run_dir = run_dir_of(run)

@@ -78,6 +78,22 @@ def claim(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def alive(folder: Path, environ: Mapping[str, str]) -> bool | None:
+    """Whether a training is at work there, as far as can be told from here; None: it can't.
+
+    The lock is not tried: for that moment it would keep a training out.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        owner, me = _read(handle), Owner.this(environ)
+    finally:
+        os.close(handle)
+    return None if owner is None or owner.host != me.host else not owner.gone(me)
+
+
 def _occupied(folder: Path, owner: Owner | None, otherwise: str = "") -> Occupied:
     return Occupied(
         f"another training is at work here{f': {owner}' if owner else ''}",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.console import duration
 from bigtfm.mlflow_sender import read_json
-from bigtfm.resilience import events
+from bigtfm.resilience import claim, events
 from bigtfm.slurm.again import EVENT, newest_step
+from bigtfm.slurm.queue import WAITING, Queued, queue_state
 from bigtfm.tracking import iterate_metrics
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Status:
     steps: int | None
     saved: int  # step of the newest checkpoint
     loss: float | None
-    tokens_per_second: float | None
+    tokens_per_second: float | None  # None before a start's first step, which may compile and read for long
     tokens: int | None
     ranks: int | None
     job: str | None
@@ -83,10 +84,14 @@ def status(run_dir: Path) -> Status:
     seconds = [row["seconds"] for row in rows[-RECENT:] if isinstance(row.get("seconds"), float)]
     pace = statistics.median(seconds) if seconds else None
     steps = resolved.get("steps")
-    state, where = judge(queued, happened, begun, failure, now, pace)
+    alive = claim.alive(run_dir, os.environ)
+    state, where = judge(queued, happened, begun, failure, now, pace, alive)
+    awaited = state == "running" and bool(_awaited(queued, begun[-1] if begun else None, now))
     useful = sum(row["seconds"] for row in rows if isinstance(row.get("seconds"), float))
     until = now if state == "running" else begun[-1].ended if begun else now
-    ran = sum((until if start is begun[-1] else start.ended) - start.began for start in begun)
+    ran = sum(
+        (until if start is begun[-1] and start.code is None else start.ended) - start.began for start in begun
+    )
     return Status(
         run=str(run_dir),
         state=state,
@@ -95,12 +100,16 @@ def status(run_dir: Path) -> Status:
         steps=steps,
         saved=newest_step(run_dir),
         loss=rows[-1]["loss"] if rows else None,
-        tokens_per_second=_median(row.get("tokens_per_second") for row in rows[-RECENT:]),
+        tokens_per_second=None
+        if awaited
+        else _median(row.get("tokens_per_second") for row in rows[-RECENT:]),
         tokens=rows[-1].get("tokens") if rows else None,
         ranks=begun[-1].ranks if begun else resolved.get("world_size"),
         job=job,
         began=begun[0].began if begun else None,
-        seconds_left=_pace_of_all(rows) * (steps - step) if steps and rows and state != "done" else None,
+        seconds_left=_pace_of_all(rows) * (steps - step)
+        if steps and rows and state != "done" and not awaited
+        else None,
         goodput=_share(useful, until - begun[0].began) if begun else None,
         busy=_share(useful, ran) if begun else None,
         starts=tuple(begun),
@@ -140,19 +149,24 @@ def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
 
 
 def judge(
-    queued: tuple[str, str] | None,
+    queued: Queued | None,
     happened: Sequence[Mapping[str, Any]],
     begun: Sequence[Start],
     failure: Mapping[str, Any],
     now: float,
     pace: float | None,
+    alive: bool | None = None,
 ) -> tuple[str, str]:
-    """(state, what it is about). queued: Slurm's (state, reason or nodes); None: it does not know the job."""
+    """(state, what it is about).
+
+    queued: None: there is no queue, or it does not know the job. alive: whether its process is there.
+    """
     last = begun[-1] if begun else None
-    if queued is not None and queued[0] in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING"):
-        return "waiting", f"in Slurm's queue: {queued[1]}"
-    if queued is not None and queued[0] in ("RUNNING", "COMPLETING") and (last is None or last.code is None):
-        return "running", f"on {queued[1]}"
+    if queued is not None and queued.state in WAITING:
+        return "waiting", f"in Slurm's queue: {queued.where}"
+    at_work = last is None or last.code is None or _starting(queued, last)
+    if queued is not None and queued.state in ("RUNNING", "COMPLETING") and at_work:
+        return "running", _clauses(f"on {queued.where}", _awaited(queued, last, now))
     decided = next((row for row in reversed(happened) if row["event"] == EVENT), None)
     verdict = str(decided["why"]) if decided is not None and not decided.get("again") else ""
     if last is None:
@@ -166,51 +180,32 @@ def judge(
         return "stopped", last.reason
     if last.code is not None:
         return "failed", _clauses(last.reason, verdict)
-    if queued is None and now - last.ended > max(60.0, QUIET * (pace or 0.0)):
+    silent = now - last.ended > max(60.0, QUIET * (pace or 0.0))
+    if alive is False or (alive is None and queued is None and silent):
         return "ended without a word", f"nothing for {duration(now - last.ended)}: `bigtfm doctor --run`"
-    return "running", ""
+    return "running", _awaited(queued, last, now)
+
+
+def _starting(queued: Queued | None, last: Start | None) -> bool:
+    """Whether the job runs again, and has not come so far as to note its start."""
+    if queued is None or queued.state != "RUNNING":
+        return False
+    return last is None or (queued.since is not None and last.ended < queued.since)
+
+
+def _awaited(queued: Queued | None, last: Start | None, now: float) -> str:
+    """What is to be said before the first step of a start; empty after it."""
+    if _starting(queued, last) or last is None:
+        since = queued.since if queued is not None else None
+    elif last.last == last.first:
+        since = last.began
+    else:
+        return ""
+    return "no step yet" + (f", {duration(now - since)} after its start" if since is not None else "")
 
 
 def _clauses(*parts: str) -> str:
     return "; ".join(filter(None, parts))
-
-
-def queue_state(job: str | None) -> tuple[str, str] | None:
-    """(state, nodes or why it waits) of a job; None: there is no queue, or it does not know the job."""
-    if job is None:
-        return None
-    command = ["squeue", "-h", "-j", job, "-o", "%T|%R"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    state, bar, reason = done.stdout.strip().partition("|")
-    return (state, reason.strip("()")) if done.returncode == 0 and bar else None
-
-
-def run_dir_of(run: str) -> Path:
-    """A run directory by its path, or by the number of a job that trains in it.
-
-    Raises:
-        ConfigProblem: the number is no job's, or the job's script says nothing of a run.
-    """
-    if not run.isdigit() or Path(run).is_dir():
-        return Path(run)
-    try:
-        command = ["scontrol", "-o", "show", "job", run]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
-        said = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
-    except (OSError, subprocess.TimeoutExpired):
-        said = {}
-    if "WorkDir" not in said:
-        fix = "pass the run directory instead: Slurm forgets jobs that have ended"
-        raise ConfigProblem(f"Slurm does not know job {run}", where="status", fix=fix)
-    work = Path(said["WorkDir"])
-    wanted = {said["JobId"], said.get("ArrayJobId", "")}
-    for path in sorted(work.glob(f"runs/*/{events.EVENTS}"), key=lambda path: -path.stat().st_mtime):
-        if any(str(row.get("job")) in wanted for row in events.read(path.parent)):
-            return path.parent
-    return work / "runs" / said["JobName"]
 
 
 def render(found: Status) -> RenderableType:
@@ -241,11 +236,10 @@ def _facts(found: Status) -> Iterable[tuple[str, str]]:
     yield "step", f"{found.step:,}{of}, saved at {found.saved:,}"
     if found.loss is not None:
         yield "loss", f"{found.loss:.4f}"
-    if found.tokens_per_second is not None:
-        yield (
-            "tokens",
-            f"{found.tokens or 0:,}, {found.tokens_per_second:,.0f} a second on {found.ranks} ranks",
-        )
+    if found.tokens is not None:
+        speed = found.tokens_per_second
+        said = f", {speed:,.0f} a second on {found.ranks} ranks" if speed is not None else ""
+        yield "tokens", f"{found.tokens:,}{said}"
     if found.began is not None:
         yield "since", f"{_clock(found.began)}, {len(found.starts) - 1} restarts"
     if found.goodput is not None and found.busy is not None:

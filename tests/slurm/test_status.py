@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from bigtfm.config.problems import ConfigProblem
+from bigtfm.resilience.claim import claim
 from bigtfm.slurm import status as module
-from bigtfm.slurm.status import judge, render, run_dir_of, starts, status
+from bigtfm.slurm.queue import Queued, queue_state, run_dir_of
+from bigtfm.slurm.status import judge, render, starts, status
 
 NOW = time.time() - 1000
 
@@ -64,17 +67,63 @@ def test_the_time_left_is_that_of_the_last_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("queued", "code", "state"),
     [
-        (("PENDING", "BeginTime"), 75, "waiting"),
-        (("RUNNING", "n[1-2]"), None, "running"),
+        (Queued("PENDING", "BeginTime"), 75, "waiting"),
+        (Queued("RUNNING", "n[1-2]", NOW), None, "running"),
+        (Queued("RUNNING", "n[1-2]", NOW), 75, "stopped"),
+        (Queued("RUNNING", "n[1-2]", NOW + 20), 75, "running"),  # it starts again
+        (Queued("COMPLETING", "n[1-2]", NOW), 79, "failed"),
         (None, None, "ended without a word"),
         (None, 75, "stopped"),
         (None, 79, "failed"),
         (None, 0, "done"),
     ],
 )
-def test_states(queued: tuple[str, str] | None, code: int | None, state: str) -> None:
+def test_states(queued: Queued | None, code: int | None, state: str) -> None:
     happened = [start(0)] + ([end(10, code)] if code is not None else [])
     assert judge(queued, happened, starts(happened, []), {}, NOW + 900, 1.0)[0] == state
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("noted", [True, False])
+def test_before_the_first_step_of_a_start_no_speed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool, steps: int
+) -> None:
+    """Which may compile for minutes, on another number of ranks than before."""
+    rows = [(s, 5.0 + s) for s in range(1, 21)] + [(21, 990.0)] * (steps if noted else 0)
+    happened = [start(5), end(25.5, 75, "saved")] + ([start(705, 20)] if noted else [])
+    write(tmp_path, rows, happened)
+    queued = Queued("RUNNING", "n[1-2]", NOW + 700)
+    monkeypatch.setattr(time, "time", lambda: NOW + 1000)
+    monkeypatch.setattr(module, "queue_state", lambda job: queued)
+    found = status(tmp_path)
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(render(found))
+    assert found.state == "running"
+    if noted and steps:
+        assert "8 a second" in shown.getvalue()
+        assert found.seconds_left is not None
+    else:
+        assert found.where == "on n[1-2]; no step yet, 5m00s after its start"
+        assert (found.tokens_per_second, found.seconds_left, found.tokens) == (None, None, 160)
+        assert "a second" not in shown.getvalue()
+        assert found.busy is not None
+        assert found.busy == pytest.approx(20 / (25.5 + 300 * noted), rel=0.02)
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_a_long_first_compile_on_this_machine_is_told_from_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, living: bool
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW + 1000)
+    write(tmp_path, [], [start(0)])
+    with claim(tmp_path):
+        if living:
+            found = status(tmp_path)
+            assert (found.state, found.where) == ("running", "no step yet, 16m45s after its start")
+        left = (tmp_path / ".lock").read_text()
+    if not living:
+        (tmp_path / ".lock").write_text(left.replace(str(os.getpid()), "4194303"))
+        assert status(tmp_path).state == "ended without a word"
 
 
 def test_a_job_that_is_not_started_again_says_why(tmp_path: Path) -> None:
@@ -98,4 +147,4 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigProblem, match="Slurm does not know job 4711"):
         run_dir_of("4711")
-    assert module.queue_state("4711") is None
+    assert queue_state("4711") is None
