@@ -214,6 +214,14 @@ def prepare(
     ] = None,
     stdin_format: Annotated[str, typer.Option(help="Format of '-': txt, jsonl or csv.")] = "txt",
     workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one a core.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N/OF",
+            help="Tokenise one part of many, from 0/16 to 15/16, beside the others; the command without "
+            "--shard joins them. Default: all.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a data set that another command made.")
     ] = False,
@@ -235,6 +243,7 @@ def prepare(
         document_bytes=document_bytes,
         stdin_format=stdin_format,
         workers=workers,
+        shard=shard,
         force=force,
     )
     print(summary.line)

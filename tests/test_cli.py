@@ -40,6 +40,7 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--validation-fraction": 0.1,
         "--document-bytes": None,
         "--stdin-format": "txt",
+        "--shard": None,
         "--workers": None,
         "--force": False,
     },

@@ -2,13 +2,15 @@
 
 The input is cut into units of work, a function of the input alone. Workers tokenise units into folders below
 OUT/.prepare; at the end the units are joined in order. So the result is the same byte for byte whatever the
-number of workers, and after a kill the same command goes on with the units that are missing.
+number of workers, and after a kill the same command goes on with the units that are missing. A shard of the
+command tokenises every n-th unit and joins nothing: that is left to the command without --shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ from bigtfm.data.work_folder import (
     continue_or_start,
     is_finished,
     locked,
+    one_at_a_time,
     publish,
     spool_stdin,
     storage_errors,
@@ -51,6 +54,7 @@ class Summary:
     empty_documents: int = 0
     seconds: float = 0.0
     existing: bool = False
+    shard: str | None = None  # that all this is about
 
     @property
     def line(self) -> str:
@@ -60,6 +64,8 @@ class Summary:
             for name, counts in self.splits.items()
         ]
         done = "was there already" if self.existing else f"prepared in {self.seconds:.1f} s"
+        if self.shard and not self.existing:
+            done = f"shard {self.shard} done in {self.seconds:.1f} s; joined by the command without --shard"
         kind = f"{self.tokenizer}, {self.vocab_size:,} pieces"
         return f"{self.path}: {', '.join(parts)}; {kind}; {done}"
 
@@ -76,6 +82,7 @@ def prepare(
     document_bytes: int | None = None,
     stdin_format: str = "txt",
     workers: int | None = None,
+    shard: str | None = None,
     force: bool = False,
     progress: bool = True,
     unit_bytes: int | None = None,
@@ -96,6 +103,8 @@ def prepare(
         document_bytes: least size of the documents a .txt is cut into; None: 1/100 of the text, 1 to 64 KiB.
         stdin_format: txt, jsonl or csv: what "-" is.
         workers: processes; None: one a core.
+        shard: "3/16": tokenise the fourth of 16 parts only, beside the others, here or on other machines that
+            share the folder. Afterwards the same call without it joins them, and does what is missing.
         force: replace a data set, or unfinished work, of another command.
         progress: show a bar on stderr if that is a terminal.
         unit_bytes: input bytes in a unit of work; None: 2 to 64 MiB, growing with the input.
@@ -116,9 +125,10 @@ def prepare(
         stdin_format,
         workers,
     )
+    number, of = _parse_shard(shard, inputs, force) if shard is not None else (0, 1)
     out = Path(out)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
-    with storage_errors(out), locked(out) as work:
+    with storage_errors(out), locked(out, shard) as work:
         sources = find_sources(inputs, spool_stdin(work, stdin_format) if "-" in inputs else None)
         reading = _reading(sources, text_column, document_bytes, unit_bytes)
         options = {
@@ -131,15 +141,25 @@ def prepare(
         }
         plan = {"inputs": list(map(_name, inputs)), "sources": _fingerprint(sources), "options": options}
         if is_finished(out, plan, force):
-            shutil.rmtree(work)
+            if shard is None:
+                shutil.rmtree(work)
             return _describe(TokenDataset.open(out), started)
-        continue_or_start(work, plan, force)
         with _reporting(progress) as report:
             units = plan_units(sources, reading)
-            model = _tokenizer(work, given, units, reading, vocab_size, model_type, report)
+            with one_at_a_time(work):
+                continue_or_start(work, plan, force, alone=shard is None)
+                model = _tokenizer(work, given, units, reading, vocab_size, model_type, report)
             dtype = "uint16" if model.vocab_size <= 65536 else "uint32"
             job = Job(work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction)
-            records, folders = _tokenise(job, units, workers or _cores(), report)
+            workers = workers or _cores()
+            if shard is not None:
+                records = _records(job, units, range(number, len(units), of), workers, report, None)
+                empty = sum(record.empty_documents for record in records)
+                return Summary(
+                    out, model.kind, model.vocab_size, model.identity, _totals(records), empty,
+                    time.monotonic() - started, shard=shard,
+                )  # fmt: skip
+            records, folders = _tokenise(job, units, workers, report)
             header = _join(
                 job, records, folders, model, plan, sum(source.size for source in sources), file_bytes
             )
@@ -195,6 +215,23 @@ def _check_options(
         "pass a positive number",
     )
     check(workers is None or workers > 0, f"--workers is {workers}", "pass a positive number of processes")
+
+
+def _parse_shard(shard: str, inputs: Sequence[str], force: bool) -> tuple[int, int]:
+    """(which, of how many), counted from 0."""
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if found is None or not int(found[1]) < int(found[2]):
+        what, fix = f"--shard is {shard}", "of 16 shards the first is 0/16, the last 15/16"
+    elif "-" in inputs:
+        what, fix = "--shard is given, but stdin can be read only once", "write the text into a file"
+    elif force:
+        what, fix = (
+            "--force would clear what other shards have done",
+            "remove the folder, or pass another --out",
+        )
+    else:
+        return int(found[1]), int(found[2])
+    raise ConfigProblem(what, where="bigtfm prepare", fix=fix)
 
 
 def _reading(
@@ -290,6 +327,14 @@ def _records(
     return [record for record in records.values() if record is not None]
 
 
+def _totals(records: Sequence[Record]) -> dict[str, Counts]:
+    totals = {name: Counts() for name in SPLITS}
+    for record in records:
+        for name, total in totals.items():
+            total.add(record.splits[name])
+    return totals
+
+
 def _join(
     job: Job,
     records: Sequence[Record],
@@ -303,12 +348,10 @@ def _join(
     final = job.units.parent / "final"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
-    splits = {}
-    for name in SPLITS:
-        total = Counts()
-        for record in records:
-            total.add(record.splits[name])
-        splits[name] = {**vars(total), "files": join_units(job, name, folders, final, file_bytes)}
+    splits = {
+        name: {**vars(total), "files": join_units(job, name, folders, final, file_bytes)}
+        for name, total in _totals(records).items()
+    }
     tokenizer.save(final / TOKENIZER_FOLDER)
     header = {
         "format": "bigtfm-tokens",

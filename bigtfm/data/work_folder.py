@@ -1,4 +1,7 @@
-"""OUT/.prepare, where unfinished work lies: one command at a time, and only the same one goes on with it."""
+"""OUT/.prepare, where unfinished work lies: one command at a time, and only the same one goes on with it.
+
+Shards of one command are at work together; each is there once, and they set up one after the other.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +35,40 @@ def storage_errors(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[Path]:
-    """OUT/.prepare, for this process alone."""
+def locked(out: Path, shard: str | None = None) -> Iterator[Path]:
+    """OUT/.prepare, for this process alone; for a shard, together with others of another name."""
     if out.exists() and not out.is_dir():
         raise ConfigProblem("is a file", where=str(out), fix="pass a folder with --out")
     work = out / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with ExitStack() as locks:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if shard is None:
+                locks.enter_context(_lock(work / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+            else:
+                locks.enter_context(_lock(work / "lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
+                name = f"lock-{shard.replace('/', '-of-')}"
+                locks.enter_context(_lock(work / name, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             fix = "wait for it, or pass another --out"
             raise DataProblem("another `bigtfm prepare` is at work here", where=str(out), fix=fix) from None
         try:
             yield work
         finally:
-            if work.exists() and os.listdir(work) == ["lock"]:
+            if shard is None and work.exists() and all(name.startswith("lock") for name in os.listdir(work)):
                 shutil.rmtree(work)  # nothing to go on with
+
+
+def one_at_a_time(work: Path) -> AbstractContextManager[None]:
+    """Shards wait here for each other: the first makes what they share, the rest find it."""
+    return _lock(work / "lock-setup", fcntl.LOCK_EX)
+
+
+@contextmanager
+def _lock(path: Path, how: int) -> Iterator[None]:
+    with path.open("a+") as file:  # some network file systems share a lock of what is open for reading only
+        fcntl.flock(file, how)
+        yield
 
 
 def spool_stdin(work: Path, stdin_format: str) -> Source:
@@ -78,11 +98,14 @@ def is_finished(out: Path, plan: dict[str, Any], force: bool) -> bool:
     return True
 
 
-def continue_or_start(work: Path, plan: dict[str, Any], force: bool) -> None:
-    """Keep the finished units of the same command; with `force`, clear those of another one."""
+def continue_or_start(work: Path, plan: dict[str, Any], force: bool, alone: bool) -> None:
+    """Keep the finished units of the same command; with `force`, clear those of another one.
+
+    alone: nobody else is at work, so what another command has left without a finished unit is cleared, too.
+    """
     path = work / PLAN_NAME
     if path.exists() and (made := _read_json(path)) != plan:
-        if not force and any(path.parent.glob("units/*/record.json")):
+        if not force and not (alone and not any(path.parent.glob("units/*/record.json"))):
             what = f"holds unfinished work of another command ({_difference(made, plan)})"
             raise DataProblem(
                 what, where=str(work.parent), fix="finish it with that command, or pass --force to start over"

@@ -388,6 +388,75 @@ def test_any_number_of_workers(tmp_path):
     assert digest(tmp_path / "other") != results[0]  # the comparison can fail
 
 
+@pytest.mark.parametrize("shards", [("2/3", "0/3", "1/3"), ("2/3", "0/3"), ("0/99", "98/99")])
+def test_any_number_of_shards(tmp_path, monkeypatch, shards):
+    """In any order; what a lost one has not done is done by the command that joins them."""
+    source = str(write_rows(tmp_path / "a.jsonl", ROWS * 20))
+    options = {"workers": 1, "unit_bytes": 4 * KIB, "file_bytes": 20 * KIB, "vocab_size": 400}
+    whole = prepare([source], tmp_path / "whole", **options)
+    out, numbers, tokenised = tmp_path / "parts", set(), []
+    for shard in shards:
+        summary = prepare([source], out, shard=shard, **options)
+        assert f"shard {shard} done" in summary.line
+        assert not (out / "dataset.json").exists()
+        numbers = {int(path.parent.name) for path in out.glob(".prepare/units/*/record.json")}
+    units = range(len(plan_units(find_sources([source]), Reading("text", 1024, 4 * KIB))))
+    assert len(units) > 12
+    parts = [tuple(map(int, shard.split("/"))) for shard in shards]
+    assert numbers == {unit for number, of in parts for unit in units[number::of]}
+
+    run_units = prepare_module.run_units
+
+    def watched(job, units, pending, workers, chosen):
+        tokenised.extend(pending)
+        return run_units(job, units, pending, workers, chosen)
+
+    monkeypatch.setattr(prepare_module, "run_units", watched)
+    joined = prepare([source], out, **options)
+    assert set(tokenised) == set(units) - numbers
+    assert joined.splits == whole.splits
+    assert digest(out) == digest(tmp_path / "whole")
+    assert "was there already" in prepare([source], out, shard="1/3", **options).line
+
+
+def test_shards_at_once(tmp_path):
+    """Four processes that start together train one tokenizer, and not one waits for another's units."""
+    source = tmp_path / "a.txt"
+    source.write_bytes(text(600 * KIB))
+    prepare([str(source)], tmp_path / "whole", unit_bytes=131072, vocab_size=400)
+    script = SCRIPT.replace("workers=2", "workers=1, shard=sys.argv[3]")
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
+    at_work = [subprocess.Popen([*command, f"{number}/4"], env=ENVIRONMENT) for number in range(4)]
+    assert [process.wait(60) for process in at_work] == [0] * 4
+    trained = load_tokenizer(tmp_path / "out" / ".prepare" / "tokenizer")
+    assert trained.identity == load_tokenizer(tmp_path / "whole" / "tokenizer").identity
+    prepare([str(source)], tmp_path / "out", unit_bytes=131072, vocab_size=400)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_shards_and_others_keep_apart(tmp_path, model):
+    import fcntl
+
+    source, out = write_rows(tmp_path / "a.jsonl"), tmp_path / "out"
+    work = out / ".prepare"
+    prepare([str(source)], out, tokenizer=model, shard="0/2")
+    another = "another `bigtfm prepare` is at work"
+    with (work / "lock").open("a+") as lock, (work / "lock-1-of-2").open("a+") as mine:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as shard 1 does
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        problem(lambda: prepare([str(source)], out, tokenizer=model), another)
+        problem(lambda: prepare([str(source)], out, tokenizer=model, shard="1/2"), another)
+        prepare([str(source)], out, tokenizer=model, shard="0/2")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a command that joins
+        problem(lambda: prepare([str(source)], out, tokenizer=model, shard="0/2"), another)
+    for path in work.glob("units/*/record.json"):
+        path.unlink()
+    for shard in ("0/2", "1/2"):  # nor does one clear what another has only begun
+        other = {"tokenizer": model, "shard": shard, "validation_fraction": 0.5}
+        problem(lambda other=other: prepare([str(source)], out, **other), "of another command")
+    prepare([str(source)], out, tokenizer=model, validation_fraction=0.5)
+
+
 SCRIPT = """
 import sys
 from bigtfm.config.problems import Problem
@@ -628,6 +697,10 @@ def test_memory_does_not_grow_with_the_input(tmp_path, model):
         ({"workers": 0}, "--workers"),
         ({"stdin_format": "json"}, "did you mean 'jsonl'"),
         ({"inputs": []}, "no input"),
+        ({"shard": "16/16"}, "the first is 0/16, the last 15/16"),
+        ({"shard": "3"}, "--shard is 3"),
+        ({"shard": "0/2", "inputs": ["-"]}, "stdin can be read only once"),
+        ({"shard": "0/2", "force": True}, "--force would clear"),
     ],
 )
 def test_wrong_options(tmp_path, model, options, part):
