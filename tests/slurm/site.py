@@ -15,7 +15,8 @@ from conftest import ROOT, TINY
 from slurm.cluster import Cluster, children
 
 EVENTS = int(os.environ.get("SLURM_EVENTS", "5"))  # restarts of the long story; 30 in a long campaign
-STEPS = max(400, 30 * EVENTS)
+EVERY = 20  # steps between saves
+STEPS = 60 + 40 * EVENTS
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Site:
             *TINY,
             f"data.path={self.data}",
             f"run.steps={STEPS}",
-            "save.every=50",
+            f"save.every={EVERY}",
             "track.every=50",
             *more,
         )
