@@ -483,6 +483,47 @@ def compare(
 
 
 @app.command()
+def bench(
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[MATRIX]...", help="Further matrices: --matrix benchmarks/matrices/*.toml."),
+    ] = None,
+    matrix: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="TOML file of the configurations to measure. May be given more than once. Default: none, a "
+            "report of what is in --out."
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results; what is there is not measured again.")
+    ] = Path("runs/bench"),
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Folder of finished runs to take into the report, too. Default: none."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of earlier results to compare with. Default: none.")
+    ] = None,
+    mlflow: Annotated[
+        str, typer.Option(help="Tracking URI of the MLflow that the report goes to; '': to none.")
+    ] = "sqlite:///mlflow.db",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, not tables.")] = False,
+) -> None:
+    """Measure speed and memory per configuration.
+
+    Each is trained for some steps in processes of its own; out of memory, a crash and a hang are results,
+    too. Leaves report.html, report.md, results.csv and pictures in the folder. The exit code is 1 if
+    something is worse than --against, else 0.
+    """
+    from bigtfm.bench.command import bench as run
+
+    matrices = [*(matrix or []), *(more or [])]
+    worse = run(matrices, out, runs=runs, against=against, mlflow=mlflow, as_json=as_json)
+    raise typer.Exit(1 if worse else 0)
+
+
+@app.command()
 def doctor(
     run: Annotated[
         Path | None, typer.Option(help="Run directory to look into. Default: none, but this machine.")

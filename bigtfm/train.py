@@ -66,7 +66,8 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     with ranks.together("claiming the run directory"):
         if ranks.rank == 0:
             claimed.enter_context(claim(run.run_dir))
-            require_room(job)
+            if lifeline.saves:
+                require_room(job)
     require_same_on_all(job, ranks)
     pulse = ranks.pulse
     pulse.enter("build")

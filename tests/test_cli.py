@@ -83,6 +83,15 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--picture": None,
         "--json": False,
     },
+    "bench": {
+        "[MATRIX]...": None,
+        "--matrix": None,
+        "--out": "runs/bench",
+        "--runs": None,
+        "--against": None,
+        "--mlflow": "sqlite:///mlflow.db",
+        "--json": False,
+    },
     "doctor": {"--run": None, "--json": False},
     "submit": {
         "--deepspeed_config": REQUIRED,

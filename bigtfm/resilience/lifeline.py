@@ -30,11 +30,16 @@ class Restart(Exception):
         self.changes = changes
 
 
+class Enough(Exception):
+    """Ends a training before its end, without a save: whoever started it has seen what it wanted to see."""
+
+
 class Lifeline:
     """What training asks and tells its supervisor. Made without arguments it leads nowhere.
 
     page: memory shared with the supervisor: byte 0 as in StopRequest, byte 1: a step has been taken.
     pulse: what the trainer is doing, for the supervisor to see; None: nobody looks.
+    saves: whether training is to come to a checkpoint; a benchmark ends it before, and needs no room for one.
     hub: where this rank's supervisor can be reached by the others: address, port, token.
     """
 
@@ -47,6 +52,7 @@ class Lifeline:
     ) -> None:
         self._lines, self._page, self._hub = lines, page, hub
         self.pulse = pulse
+        self.saves = True
         self._said = False
         self.stop = StopRequest(page)
 
@@ -76,6 +82,8 @@ class Lifeline:
         """Reports what the block raises before anything around it is closed, which may take its time."""
         try:
             yield
+        except Enough:
+            raise
         except BaseException as error:
             self.report(error)
             raise

@@ -90,26 +90,42 @@ class Reading:
 
 
 class Pulse:
-    """Written by the trainer, read by its supervisor; made before the fork. Phase: 5 us, collective: 20."""
+    """Written by the trainer, read by its supervisor; made before the fork. Phase: 5 us, collective: 20.
 
-    def __init__(self) -> None:
-        self._map = mmap.mmap(-1, _SIZE)
+    memory: another pulse's, to go on in its place.
+    """
+
+    def __init__(self, memory: mmap.mmap | None = None) -> None:
+        self._map = memory or mmap.mmap(-1, _SIZE)
         self._changes = self._step = self._entered = self._moves = 0
         self._phase, self._began, self._waited_before = 0, time.monotonic_ns(), 0
         self._site = b""
         self._lanes = [_Lane(), _Lane()]
         self._write_head()
 
+    @property
+    def memory(self) -> mmap.mmap:
+        """What its readers look at."""
+        return self._map
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the loop's thread has spent in collectives so far."""
+        return self._lanes[0].waited / 1e9
+
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """The trainer begins with something else, or again with the same: an end of the phase before.
 
         step: the one that is computed from here on.
         """
+        caller = sys._getframe(1)
+        self._enter(phase, step, f"{shown(caller.f_code.co_filename)}:{caller.f_lineno}")
+
+    def _enter(self, phase: str, step: int | None, site: str) -> None:
         now, waited = time.monotonic_ns(), self._lanes[0].waited
         if PHASES[self._phase] != "save":  # its work is the writer's, who tells by `took`
             self._add(self._phase, now - self._began - (waited - self._waited_before))
-        caller = sys._getframe(1)
-        self._site = f"{shown(caller.f_code.co_filename)}:{caller.f_lineno}".encode()
+        self._site = site.encode()
         self._phase, self._began, self._waited_before = PHASES.index(phase), now, waited
         self._entered += 1
         if step is not None:

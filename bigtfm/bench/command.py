@@ -1,0 +1,105 @@
+"""`bigtfm bench`: runs matrices, shows each result as it comes, and makes the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Shown
+
+from bigtfm import mlflow_mirror
+from bigtfm.bench.matrix import load_matrix
+from bigtfm.bench.report import Report, Table, make_report
+from bigtfm.bench.results import RESULTS, Row, append, read_rows
+from bigtfm.bench.runner import run_matrix
+from bigtfm.bench.runs import rows_of_runs
+from bigtfm.tracking import MetricsLog
+
+EXPERIMENT = "bigtfm-bench"
+_ARTIFACTS = ("report.html", "report.md", "results.csv", "results.jsonl")
+
+
+def bench(
+    matrices: Sequence[Path],
+    out: Path,
+    *,
+    runs: Path | None = None,
+    against: Path | None = None,
+    mlflow: str = "",
+    as_json: bool = False,
+) -> bool:
+    """Measures, reports, and says whether something is worse than in `against`.
+
+    Raises:
+        ConfigProblem: a matrix is wrong, or there is nothing to report.
+        StorageProblem: `out` can't be written or read.
+    """
+    terminal = Console(stderr=as_json, soft_wrap=True)
+    for matrix in [load_matrix(path) for path in matrices]:
+        for row in run_matrix(matrix, out):
+            print(json.dumps(row), flush=True) if as_json else terminal.print(line_of(row), highlight=False)
+    if runs is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        there = {row["key"] for row in read_rows(out / RESULTS)}
+        for row in rows_of_runs(runs):
+            if row["key"] not in there:
+                append(out / RESULTS, row)
+    report = make_report(out, against)
+    if not as_json:
+        for table in report.tables:
+            terminal.print(shown(table))
+    terminal.print(f"report: {out / 'report.html'}", highlight=False)
+    if mlflow:
+        _send(report, out, mlflow, terminal)
+    return any(change.is_regression for change in report.changes)
+
+
+def line_of(row: Row) -> str:
+    """A result in a line."""
+    if row["status"] != "ok":
+        return f"{row['key']}: {row['status']}: {row['why']}"
+    mfu = (
+        f", MFU {row['mfu']:.1%}"
+        if row.get("mfu")
+        else f", {row['matmul_share']:.1%} of the matrix products'"
+    )
+    rate = row["tokens_per_second"]
+    return f"{row['key']}: {rate['median']:,.0f} tokens/s ({rate['low']:,.0f} to {rate['high']:,.0f}){mfu}"
+
+
+def shown(table: Table) -> Shown:
+    """A table for a terminal."""
+    result = Shown(
+        title=table.title, caption=table.note or None, title_justify="left", caption_justify="left"
+    )
+    for number, name in enumerate(table.columns):
+        result.add_column(name.strip(), justify="left" if number == 0 or name == "why" else "right")
+    for row in table.rows:
+        result.add_row(*row)
+    return result
+
+
+def _send(report: Report, out: Path, uri: str, terminal: Console) -> None:
+    """One MLflow run for the folder: its cells are the steps, the report its artifacts."""
+    log = MetricsLog(out / "metrics.jsonl")
+    log.truncate_after(0)
+    for number, result in enumerate(report.results, 1):
+        if result.ok:
+            row = result.first
+            split = {f"{name}_seconds": value for name, value in (row.get("split") or {}).items()}
+            memory = {f"{name}_bytes": value for name, value in (row.get("memory") or {}).items()}
+            rates = {"tokens_per_second": result.rates.median, "step_seconds": result.seconds.median}
+            shares = {name: row[name] for name in ("mfu", "matmul_share") if row.get(name)}
+            log.append({"step": number, **rates, **shares, **split, **memory})
+    log.close()
+    cells = {f"cell.{number}": result.key for number, result in enumerate(report.results, 1)}
+    pictures = [path.name for path in sorted(out.glob("*.png"))]
+    mirror = mlflow_mirror.start(
+        out, uri=uri, experiment=EXPERIMENT, name=report.name, params=dict(report.about) | cells,
+        artifacts=(*_ARTIFACTS, *pictures),
+    )  # fmt: skip
+    run = mirror.finish()
+    said = f"MLflow run {run}" if run else f"not sent to MLflow in time: bigtfm sync {out}"
+    terminal.print(said, highlight=False)

@@ -1,0 +1,47 @@
+"""Finished runs as rows of a benchmark: what a run directory says of its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bigtfm.bench.results import Row, Spread
+from bigtfm.mlflow_sender import read_json
+from bigtfm.resilience.outcome import FAILURE
+from bigtfm.tracking import read_metrics
+
+WARM_UP = 5  # steps that compile, allocate and read for the first time
+
+
+def rows_of_runs(folder: Path) -> Iterator[Row]:
+    """A row for every run directory in `folder`; one that failed, or did not come far, says why."""
+    for run in sorted(path for path in folder.iterdir() if (path / "logs").is_dir()):
+        resolved, failure = read_json(run / "resolved.json"), read_json(run / FAILURE)
+        row: Row = {"key": run.name, "repeat": 0, "matrix": folder.resolve().name, "grid": "runs"}
+        row |= {"model": run.name, "status": "crash", "why": "it has not come far; see its logs"}
+        steps = read_metrics(run / "metrics.jsonl")[WARM_UP:]
+        if failure:
+            yield row | {"why": f"{failure['where']}: {failure['what']}"}
+        elif not resolved or not steps:
+            yield row
+        else:
+            axes = ("zero_stage", "precision", "micro_batch", "accumulation", "seq_len", "recompute")
+            rates = [each["tokens_per_second"] for each in steps]
+            shares = [each["mfu"] for each in steps if "mfu" in each]
+            spreads = {
+                "tokens_per_second": Spread.of(rates),
+                "step_seconds": Spread.of(e["seconds"] for e in steps),
+            }
+            yield row | {
+                "status": "ok",
+                "why": "",
+                **{name: resolved[name] for name in axes},
+                "ranks": resolved["world_size"],
+                "parameters": resolved["parameters"],
+                "tokens_per_step": resolved["tokens_per_step"],
+                "seconds": [each["seconds"] for each in steps],
+                "tokens_per_second_per_rank": spreads["tokens_per_second"].median / resolved["world_size"],
+                "mfu": Spread.of(shares).median if shares else None,
+                "loss": steps[-1]["loss"],
+                **{name: vars(spread) for name, spread in spreads.items()},
+            }

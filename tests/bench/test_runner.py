@@ -1,0 +1,143 @@
+"""Cells in processes of their own: what runs, what does not, and a benchmark that goes on after both."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import faulty_cells
+import pytest
+
+from bigtfm.bench import command
+from bigtfm.bench.clock import SPLIT
+from bigtfm.bench.matrix import Matrix, load_matrix
+from bigtfm.bench.report import make_report
+from bigtfm.bench.results import RESULTS, read_rows
+from bigtfm.bench.runner import missing, run_matrix
+
+SHAPE = '"model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2", "model.max_seq_len=32"'
+
+
+@pytest.fixture
+def matrix(tmp_path: Path, tiny_data: Path) -> Callable[..., Matrix]:
+    """Writes a matrix of these grids and reads it."""
+
+    def write(*grids: str, more: str = "", measure: str = "") -> Matrix:
+        text = f'data = "{tiny_data}"\n[measure]\nwarm_up = 1\nsteps = 4\ntimeout_seconds = 100\n{measure}\n'
+        for grid in grids:
+            text += f"[[grid]]\noverrides = [{SHAPE}{more}]\n{grid}\n"
+        path = tmp_path / "matrix.toml"
+        path.write_text(text)
+        return load_matrix(path)
+
+    return write
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_out_of_memory_a_crash_and_a_hang_are_rows_of_a_finished_report(
+    matrix: Callable[..., Matrix], tmp_path: Path
+) -> None:
+    faults = matrix(
+        'name = "faults"\nmicro_batch = [2, 3, 5, 6]',
+        'name = "memory"\nmicro_batch = 256',
+        'name = "nonsense"\nattention = "flash_attn_3"',
+        more=', "model.vocab_size=200000"',
+        measure="hang_seconds = 3\nmemory_gib = 6",
+    )
+    found = list(run_matrix(faults, tmp_path / "out", start=faulty_cells.start))
+    assert [row["status"] for row in found] == ["ok", "crash", "hang", "crash", "oom", "refused"], found
+    whole, crash, hang, raises, oom, refused = found
+    assert "signal 11 (SIGSEGV)" in crash["why"]
+    assert "in forward at step 2" in hang["why"]
+    assert "IndexError: pop from empty list" in raises["why"]
+    assert "out of memory with micro batch 256" in oom["why"]
+    assert "flash_attn_3" in refused["why"]
+    assert len(whole["seconds"]) == 4
+    make_report(tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    failed = text.partition("## Failed")[2]
+    assert [failed.count(f"| {how} |") for how in ("crash", "hang", "oom", "refused")] == [2, 1, 1, 1]
+    assert "| micro batch 2 |" in text
+    assert missing(faults, tmp_path / "out") == 0
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_ranks_and_stages_are_measured_once_and_train_the_same(
+    matrix: Callable[..., Matrix], tmp_path: Path
+) -> None:
+    cells, out = matrix("zero_stage = [0, 3]\nranks = 2\nmicro_batch = 2"), tmp_path / "out"
+    first, second = run_matrix(cells, out, start=faulty_cells.start)
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-6), "another stage, the same training"
+    for row in (first, second):
+        assert row["status"] == "ok"
+        assert row["tokens_per_step"] == 2 * 2 * 32
+        assert set(row["split"]) == set(SPLIT)
+        assert row["split"]["backward"] > row["split"]["record"] > 0
+        assert sum(row["split"].values()) == pytest.approx(row["step_seconds"]["median"], rel=0.5)
+        rate = row["tokens_per_second"]
+        assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+        assert row["matmul_share"] == pytest.approx(
+            rate["median"] / 2 * row["flops_per_token"] / row["ceiling"]
+        )
+        assert row["versions"]["torch"]
+        assert row["hardware"]["cores"] > 0
+        assert not list((out / "cells" / row["key"]).rglob("step-*")), "it saves nothing"
+    assert list(run_matrix(cells, out, start=no_start)) == []
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_cell_that_does_not_end_is_ended(matrix: Callable[..., Matrix], tmp_path: Path) -> None:
+    endless = matrix("micro_batch = 5", measure="hang_seconds = 0")
+    endless = endless.with_timeout(8)
+    (row,) = run_matrix(endless, tmp_path / "out", start=faulty_cells.start)
+    assert (row["status"], row["why"]) == ("hang", "no end after 8 s: after step 1")
+
+
+def no_start(*_: object) -> faulty_cells.ForkedRank:
+    raise AssertionError("this cell has been run")
+
+
+def test_a_cell_that_can_not_end_in_time_is_left_for_later(
+    matrix: Callable[..., Matrix], tmp_path: Path
+) -> None:
+    cells = matrix("micro_batch = [1, 2]")
+    assert list(run_matrix(cells, tmp_path / "out", start=no_start, seconds=99)) == []
+    assert missing(cells, tmp_path / "out") == 2
+    with pytest.raises(AssertionError, match="has been run"):
+        list(run_matrix(cells, tmp_path / "out", start=no_start, seconds=101))
+
+
+def test_a_torn_row_is_run_again(matrix: Callable[..., Matrix], tmp_path: Path) -> None:
+    cells, out = matrix("micro_batch = [1, 2]"), tmp_path / "out"
+    keys = [key for key, _, _ in cells.keys()]
+    out.mkdir()
+    (out / RESULTS).write_text("".join(json.dumps({"key": key, "repeat": 0}) + "\n" for key in keys)[:-9])
+    assert [row["key"] for row in read_rows(out / RESULTS)] == keys[:1]
+    assert missing(cells, out) == 1
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_the_command(
+    matrix: Callable[..., Matrix], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In real processes, with a report and an MLflow run."""
+    cells = matrix("micro_batch = 2")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    out = tmp_path / "out"
+    assert not command.bench([cells.path], out, mlflow=store, as_json=True)
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert row["status"] == "ok"
+    names = {"report.html", "report.md", "results.csv", "results.jsonl", "throughput.png", "split.png"}
+    assert names <= {path.name for path in out.iterdir()}
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        sent = database.execute("select value from metrics where key = 'tokens_per_second'").fetchall()
+        (place,) = database.execute("select artifact_uri from runs").fetchone()
+    assert sent == [(row["tokens_per_second"]["median"],)]
+    assert names <= {path.name for path in Path(place.removeprefix("file://")).iterdir()}
