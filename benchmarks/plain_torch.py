@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bigtfm.assembly import batches_of, fresh_model
 from bigtfm.data.loader import Batch
 from bigtfm.engine.weights import read_weights, weight_shapes
 from bigtfm.job import Job
 from bigtfm.model.transformer import init_weights
-from bigtfm.train import batches_of, fresh_model
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 import deepspeed
 from plain_torch import Trained, batch_of, decay_groups
 
+from bigtfm.assembly import fresh_model
 from bigtfm.engine.distributed import Ranks
 from bigtfm.job import Job
 from bigtfm.model.transformer import init_weights
-from bigtfm.train import fresh_model
 
 
 def train_raw(job: Job, ranks: Ranks) -> Trained:

@@ -7,18 +7,16 @@ import math
 import time
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from bigtfm.assembly import batches_of, fresh_model, require_samples, resume, start_stream
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import DataProblem, NoCheckpoint
-from bigtfm.data.indexed import Split
-from bigtfm.data.loader import Batch, Loader, TokenStream
-from bigtfm.data.objectives import make_objective
-from bigtfm.data.order import MAX_SIZE, InOrder, Order, Windows, digest
+from bigtfm.config.problems import NoCheckpoint
+from bigtfm.data.loader import Loader
+from bigtfm.data.order import digest
 from bigtfm.data.prefetch import Prefetcher
 from bigtfm.data.streaming import StreamedTokens
 from bigtfm.data.verification import Verification
@@ -26,12 +24,11 @@ from bigtfm.engine import checkpoint, distributed, gradients, replicas
 from bigtfm.engine.build import build_engine
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.distributed import Ranks
-from bigtfm.engine.probe import PROBE_TOKENS, Probe, require_same
+from bigtfm.engine.probe import Probe
 from bigtfm.engine.saver import Saver
 from bigtfm.evaluate import require_labels, validation_loss
 from bigtfm.job import Job
-from bigtfm.model.families import make_model
-from bigtfm.model.heads import LanguageModel
+from bigtfm.mishaps import find_culprit, go_back, note_left_out, note_spike
 from bigtfm.preflight import (
     require_room,
     require_same_on_all,
@@ -43,7 +40,7 @@ from bigtfm.resilience import events, numerics, spikes
 from bigtfm.resilience.claim import claim
 from bigtfm.resilience.lifeline import Lifeline
 from bigtfm.resilience.signals import stopped
-from bigtfm.run_directory import identity, lay_out, refuse_changes, starting_point
+from bigtfm.run_directory import lay_out
 
 
 def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeline | None = None) -> None:
@@ -193,122 +190,6 @@ def end_for_storage(saver: Saver, verification: Verification, ranks: Ranks) -> N
     saver.wait()
 
 
-def fresh_model(job: Job) -> LanguageModel:
-    """The model, to be filled with initial weights or a checkpoint's."""
-    run, compute = job.run, job.run.compute.model_copy(update={"attention": job.attention.name})
-    return make_model(
-        run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=compute
-    )
-
-
-def batches_of(job: Job, split: str) -> Loader:
-    """A split's batches: training in each epoch's own order, or from a stream; validation as it stands."""
-    run = job.run
-    stream: TokenStream = job.dataset.split(split)
-    order: Order = InOrder(Windows(stream.num_tokens, run.seq_len, full=False))
-    if split == "train":
-        stream = Split.join([dataset.split(split) for dataset in job.datasets])
-        if job.source is not None:
-            stream = StreamedTokens.like(job.dataset, job.source, run.seq_len)
-        order = job.order
-    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
-    return Loader(stream, order, run.seq_len, job.dataset.vocab_size, objective)
-
-
-def start_stream(job: Job, stream: StreamedTokens, progress: Progress, ranks: Ranks) -> None:
-    """Puts a stream where the run stands."""
-    stream.start(
-        progress.samples,
-        progress.stream,
-        accept_changes="data" in job.run.resume.allow,
-        say=print if ranks.rank == 0 else lambda _: None,
-    )
-
-
-def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]:
-    """Fills the engine from the newest checkpoint of the run directory, if there is one.
-
-    A fresh run begins with its initial weights, or with another's (run.init_from).
-
-    Raises:
-        ConfigProblem: something that decides the curve has changed.
-        NoCheckpoint: none verifies, or the loss of the checkpoint's probe is not what it was.
-    """
-    ranks.pulse.enter("resume")
-    now = identity(job)
-    found = checkpoint.newest(job.checkpoints, ranks)
-    if found is None:
-        if job.run.run.init_from is not None:
-            checkpoint.start_from(starting_point(job, now, ranks), engine)
-        return Progress(identity=now), fresh_probe(job, ranks)
-    state = checkpoint.read_state(found)
-    allow, before = job.run.resume.allow, state["progress"]["identity"]
-    refuse_changes(before, now, allow, job.run.run_dir)
-    same_optimizer = before["recipe"]["optimizer"]["type"] == now["recipe"]["optimizer"]["type"]
-    progress = checkpoint.load(found, engine, ranks, moments=same_optimizer)
-    if before["recipe"] != now["recipe"] and hasattr(engine.lr_scheduler, "last_batch_iteration"):
-        engine.lr_scheduler.step(
-            engine.lr_scheduler.last_batch_iteration
-        )  # the new recipe's lr, at this step
-    progress.identity = now
-    same_mathematics = all(before[part] == now[part] for part in ("model", "objective"))
-    if state.get("probe") is None or not same_mathematics:
-        return progress, fresh_probe(job, ranks)
-    probe = Probe.from_json(state["probe"], setting_of(job, ranks))
-    if "probe" not in allow:
-        loss = ranks.from_first(probe.loss(engine, ranks.device))
-        require_same(
-            state["probe"],
-            probe,
-            loss,
-            lambda: checkpoint.changed_tensors(found, checkpoint.engine_checksums(engine, ranks)),
-            where=str(found),
-        )
-    return progress, probe
-
-
-def require_samples(job: Job, progress: Progress) -> None:
-    """Raises DataProblem where what was left out after spikes is more than the sources had to spare."""
-    resolved, there = job.resolved, job.order.num_samples
-    if not progress.spikes or there == MAX_SIZE:
-        return
-    left = resolved.steps - progress.step
-    needed = spikes.end(progress.samples, left, resolved.global_batch, progress.spikes)
-    if needed > there:
-        raise DataProblem(
-            f"data.sources have {there} sequences within their max_epochs; {resolved.steps} steps need "
-            f"{needed} with those left out after spikes of the loss",
-            where="run config",
-            fix="start again with fewer run.steps or a smaller guard.spike_skip; or with larger max_epochs "
-            "and resume.allow=data",
-        )
-
-
-def fresh_probe(job: Job, ranks: Ranks) -> Probe | None:
-    """The first short sample of the data set in which something is to be predicted; None: of 64 none is."""
-    run, split = job.run, job.dataset.split("train")
-    seq_len = min(run.seq_len, PROBE_TOKENS)
-    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
-    order = InOrder(Windows(split.num_tokens, seq_len, full=False))
-    loader = Loader(split, order, seq_len, job.dataset.vocab_size, objective)
-    for sample in range(min(64, loader.num_samples)):
-        batch = loader.batch(sample, 1)
-        if batch.num_labels:
-            return Probe(batch.model_inputs(), setting_of(job, ranks))
-    return None
-
-
-def setting_of(job: Job, ranks: Ranks) -> dict[str, str]:
-    """What may move a loss beyond rounding in the last digits, besides the weights."""
-    versions = {name: version(name) for name in ("torch", "deepspeed")}
-    return {
-        "precision": job.resolved.precision,
-        "attention": job.attention.name,
-        "device": ranks.device_name,
-        **versions,
-    }
-
-
 def due(every: int, step: int) -> bool:
     """Whether something done every so many steps (0: never) is done after `step`."""
     return every > 0 and step % every == 0
@@ -328,94 +209,6 @@ def save_due(every: int, progress: Progress, last: bool) -> bool:
 
 def out_of_patience(patience: int, progress: Progress) -> bool:
     return 0 < patience <= progress.stale_evaluations
-
-
-def find_culprit(
-    engine: Any, ranks: Ranks, step: int, batches: list[Batch], labels: float, own_loss: float
-) -> numerics.Culprit:
-    """Runs the step that was left out again, to see what was the first to be not finite, and on which rank.
-
-    own_loss: this rank's, of the step itself.
-
-    Raises:
-        NumericsProblem: it is a weight, or some ranks have applied the step.
-    """
-    ranks.pulse.enter("record")
-    numerics.require_agreement(step, ranks.gather(engine.was_step_applied()))
-    numerics.require_finite_weights(step, ranks.gather(gradients.broken_weights(engine)))
-    watch = numerics.Watch()
-    with watch.hooks(engine.module):
-        gradients.replay(engine, batches, labels, ranks, watch)
-    return numerics.culprit(ranks.gather((watch.found, own_loss)))
-
-
-def note_left_out(
-    job: Job, progress: Progress, loss: float, culprit: numerics.Culprit, recorder: Recorder | None
-) -> None:
-    """Notes that the step which progress stands at was left out: an event and a line.
-
-    Raises:
-        NumericsProblem: it is one too many in a row.
-    """
-    what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-    progress.skipped.append(progress.step)
-    if recorder is not None:
-        details = culprit.details
-        events.note(job.run.run_dir, "step left out", step=progress.step, loss=str(loss), **details)
-        recorder.warning(f"step {progress.step} is left out: {what}: {culprit.said}")
-    allowed = job.run.guard.bad_steps
-    if numerics.in_a_row(progress.step, progress.skipped) > allowed:
-        raise numerics.too_many(progress.step, allowed, f"{what}: {culprit.said}")
-
-
-def go_back(
-    job: Job,
-    engine: Any,
-    ranks: Ranks,
-    progress: Progress,
-    loss: float,
-    saver: Saver,
-    reader: Prefetcher,
-    stream: StreamedTokens | None,
-    recorder: Recorder | None,
-) -> None:
-    """After a spike: takes engine and progress back to the newest checkpoint.
-
-    Raises:
-        NumericsProblem: it is one spike too many.
-        DataProblem: too few sequences are left.
-    """
-    guard, step = job.run.guard, progress.step
-    if len(progress.spikes) >= guard.spikes:
-        raise spikes.too_many(step, loss, progress.spikes)
-    saver.wait()
-    reader.forget()
-    ranks.pulse.enter("resume")
-    before, _ = resume(job, engine, ranks)
-    found = spikes.spike(
-        step, progress.samples, (before.step, before.samples), job.resolved.global_batch, guard
-    )
-    before.spikes = [*progress.spikes, found]
-    require_samples(job, before)
-    saver.went_back(before.step)
-    if stream is not None:
-        start_stream(job, stream, before, ranks)
-    if recorder is not None:
-        cut = f"spike-{len(before.spikes)}-step-{step}.jsonl"
-        recorder.went_back(before.step, cut)
-        events.note(job.run.run_dir, "spike", loss=loss, cut=f"logs/{cut}", **found)
-        left_out = f"samples {found['first_sample']} to {found['end_sample'] - 1}"
-        recorder.warning(f"loss {loss:.4f} at step {step}: back to step {before.step}, without {left_out}")
-    vars(progress).update(vars(before))
-
-
-def note_spike(job: Job, progress: Progress, loss: float, recorder: Recorder | None) -> None:
-    """Notes a spike before the first checkpoint, after which the run goes on."""
-    if recorder is not None:
-        events.note(job.run.run_dir, "spike", loss=loss, step=progress.step, back_to=None)
-        recorder.warning(
-            f"loss {loss:.4f} at step {progress.step}, and no checkpoint to go back to: it goes on"
-        )
 
 
 def save_and_stop(job: Job, progress: Progress, saver: Saver, ranks: Ranks, lifeline: Lifeline) -> NoReturn:

@@ -52,10 +52,10 @@ def train(
     """
     import deepspeed
 
+    from bigtfm.assembly import batches_of
     from bigtfm.job import check_job
     from bigtfm.model.families import make_model
     from bigtfm.model.transformer import init_weights
-    from bigtfm.train import batches_of
 
     job = check_job(None, Path(config), overrides, launch.world_size)
     model = make_model(job.run.model, job.special.vocab_size, seed=7)

@@ -1,0 +1,138 @@
+"""What a training is made of: its model, its batches, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from bigtfm.config.problems import DataProblem
+from bigtfm.data.indexed import Split
+from bigtfm.data.loader import Loader, TokenStream
+from bigtfm.data.objectives import make_objective
+from bigtfm.data.order import MAX_SIZE, InOrder, Order, Windows
+from bigtfm.data.streaming import StreamedTokens
+from bigtfm.engine import checkpoint
+from bigtfm.engine.checkpoint import Progress
+from bigtfm.engine.distributed import Ranks
+from bigtfm.engine.probe import PROBE_TOKENS, Probe, require_same
+from bigtfm.job import Job
+from bigtfm.model.families import make_model
+from bigtfm.model.heads import LanguageModel
+from bigtfm.resilience import spikes
+from bigtfm.run_directory import identity, refuse_changes, starting_point
+
+
+def fresh_model(job: Job) -> LanguageModel:
+    """The model, to be filled with initial weights or a checkpoint's."""
+    run, compute = job.run, job.run.compute.model_copy(update={"attention": job.attention.name})
+    return make_model(
+        run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=compute
+    )
+
+
+def batches_of(job: Job, split: str) -> Loader:
+    """A split's batches: training in each epoch's own order, or from a stream; validation as it stands."""
+    run = job.run
+    stream: TokenStream = job.dataset.split(split)
+    order: Order = InOrder(Windows(stream.num_tokens, run.seq_len, full=False))
+    if split == "train":
+        stream = Split.join([dataset.split(split) for dataset in job.datasets])
+        if job.source is not None:
+            stream = StreamedTokens.like(job.dataset, job.source, run.seq_len)
+        order = job.order
+    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
+    return Loader(stream, order, run.seq_len, job.dataset.vocab_size, objective)
+
+
+def start_stream(job: Job, stream: StreamedTokens, progress: Progress, ranks: Ranks) -> None:
+    """Puts a stream where the run stands."""
+    stream.start(
+        progress.samples,
+        progress.stream,
+        accept_changes="data" in job.run.resume.allow,
+        say=print if ranks.rank == 0 else lambda _: None,
+    )
+
+
+def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]:
+    """Fills the engine from the newest checkpoint of the run directory, if there is one.
+
+    A fresh run begins with its initial weights, or with another's (run.init_from).
+
+    Raises:
+        ConfigProblem: something that decides the curve has changed.
+        NoCheckpoint: none verifies, or the loss of the checkpoint's probe is not what it was.
+    """
+    ranks.pulse.enter("resume")
+    now = identity(job)
+    found = checkpoint.newest(job.checkpoints, ranks)
+    if found is None:
+        if job.run.run.init_from is not None:
+            checkpoint.start_from(starting_point(job, now, ranks), engine)
+        return Progress(identity=now), fresh_probe(job, ranks)
+    state = checkpoint.read_state(found)
+    allow, before = job.run.resume.allow, state["progress"]["identity"]
+    refuse_changes(before, now, allow, job.run.run_dir)
+    same_optimizer = before["recipe"]["optimizer"]["type"] == now["recipe"]["optimizer"]["type"]
+    progress = checkpoint.load(found, engine, ranks, moments=same_optimizer)
+    if before["recipe"] != now["recipe"] and hasattr(engine.lr_scheduler, "last_batch_iteration"):
+        engine.lr_scheduler.step(
+            engine.lr_scheduler.last_batch_iteration
+        )  # the new recipe's lr, at this step
+    progress.identity = now
+    same_mathematics = all(before[part] == now[part] for part in ("model", "objective"))
+    if state.get("probe") is None or not same_mathematics:
+        return progress, fresh_probe(job, ranks)
+    probe = Probe.from_json(state["probe"], setting_of(job, ranks))
+    if "probe" not in allow:
+        loss = ranks.from_first(probe.loss(engine, ranks.device))
+        require_same(
+            state["probe"],
+            probe,
+            loss,
+            lambda: checkpoint.changed_tensors(found, checkpoint.engine_checksums(engine, ranks)),
+            where=str(found),
+        )
+    return progress, probe
+
+
+def require_samples(job: Job, progress: Progress) -> None:
+    """Raises DataProblem where what was left out after spikes is more than the sources had to spare."""
+    resolved, there = job.resolved, job.order.num_samples
+    if not progress.spikes or there == MAX_SIZE:
+        return
+    left = resolved.steps - progress.step
+    needed = spikes.end(progress.samples, left, resolved.global_batch, progress.spikes)
+    if needed > there:
+        raise DataProblem(
+            f"data.sources have {there} sequences within their max_epochs; {resolved.steps} steps need "
+            f"{needed} with those left out after spikes of the loss",
+            where="run config",
+            fix="start again with fewer run.steps or a smaller guard.spike_skip; or with larger max_epochs "
+            "and resume.allow=data",
+        )
+
+
+def fresh_probe(job: Job, ranks: Ranks) -> Probe | None:
+    """The first short sample of the data set in which something is to be predicted; None: of 64 none is."""
+    run, split = job.run, job.dataset.split("train")
+    seq_len = min(run.seq_len, PROBE_TOKENS)
+    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
+    order = InOrder(Windows(split.num_tokens, seq_len, full=False))
+    loader = Loader(split, order, seq_len, job.dataset.vocab_size, objective)
+    for sample in range(min(64, loader.num_samples)):
+        batch = loader.batch(sample, 1)
+        if batch.num_labels:
+            return Probe(batch.model_inputs(), setting_of(job, ranks))
+    return None
+
+
+def setting_of(job: Job, ranks: Ranks) -> dict[str, str]:
+    """What may move a loss beyond rounding in the last digits, besides the weights."""
+    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    return {
+        "precision": job.resolved.precision,
+        "attention": job.attention.name,
+        "device": ranks.device_name,
+        **versions,
+    }
