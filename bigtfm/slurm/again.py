@@ -135,5 +135,6 @@ def note_and_decide(
     now = ended(run_dir, code, environ, since)
     decision = decide(now, earlier(run_dir, now.job), retries)
     run_dir.mkdir(parents=True, exist_ok=True)
-    events.note(run_dir, EVENT, **asdict(now), **asdict(decision))
+    number = environ.get("SLURM_JOB_ID")
+    events.note(run_dir, EVENT, number=number, **asdict(now), **asdict(decision))
     return now, decision

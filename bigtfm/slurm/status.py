@@ -78,7 +78,7 @@ def status(run_dir: Path) -> Status:
     resolved, failure = read_json(run_dir / "resolved.json"), read_json(run_dir / "failure.json")
     now = time.time()
     begun = starts(happened, rows)
-    job = next((str(row["job"]) for row in reversed(happened) if row.get("job")), None)
+    job = _job(happened)
     queued = queue_state(job)
     step = int(rows[-1]["step"]) if rows else 0
     seconds = [row["seconds"] for row in rows[-RECENT:] if isinstance(row.get("seconds"), float)]
@@ -123,7 +123,7 @@ def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
     for place, following in pairwise([*begun, len(happened)]):
         start = happened[place]
         said = [row for row in happened[place + 1 : following] if row["event"] == "end"]
-        batch = [row for row in happened[place + 1 : following] if row["event"] == EVENT]
+        batch = [row for row in happened[place + 1 : following] if _ends(row, start.get("job"))]
         is_last = following == len(happened)
         limit = float("inf") if is_last else happened[following].get("began", happened[following]["time"])
         own = [row for row in rows if start["time"] <= row.get("time", 0.0) <= limit]
@@ -148,6 +148,21 @@ def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
     return found
 
 
+def _job(happened: Sequence[Mapping[str, Any]]) -> str | None:
+    """The newest job of the run, but not one that came second and was sent away."""
+    jobs = [str(row.get("number") or row["job"]) for row in happened if row.get("job")]
+    begun = {str(row.get("job")) for row in happened if row["event"] == "start"}
+    ended = {str(row.get("number")) for row in happened if row["event"] == EVENT and not row.get("again")}
+    return next(
+        (job for job in reversed(jobs) if job in begun or job not in ended), jobs[-1] if jobs else None
+    )
+
+
+def _ends(row: Mapping[str, Any], job: str | None) -> bool:
+    """Whether the batch script of this job has noted its end."""
+    return row["event"] == EVENT and (job is None or row.get("number", job) == job)
+
+
 def judge(
     queued: Queued | None,
     happened: Sequence[Mapping[str, Any]],
@@ -167,10 +182,11 @@ def judge(
     at_work = last is None or last.code is None or _starting(queued, last)
     if queued is not None and queued.state in ("RUNNING", "COMPLETING") and at_work:
         return "running", _clauses(f"on {queued.where}", _awaited(queued, last, now))
-    decided = next((row for row in reversed(happened) if row["event"] == EVENT), None)
-    verdict = str(decided["why"]) if decided is not None and not decided.get("again") else ""
-    if last is None:
-        said = f"{failure['where']}: {failure['what']}" if failure else (decided or {}).get("line", "")
+    decided: Mapping[str, Any] = next((row for row in reversed(happened) if row["event"] == EVENT), {})
+    verdict = str(decided["why"]) if decided and not decided.get("again") else ""
+    never_began = verdict and decided.get("number") not in {start.job for start in begun}
+    if last is None or (never_began and decided["time"] > last.ended):
+        said = f"{failure['where']}: {failure['what']}" if failure else decided.get("line", "")
         return (
             ("failed", _clauses(said, verdict)) if failure or decided else ("waiting", "for its first step")
         )

@@ -141,6 +141,28 @@ def test_a_job_that_is_not_started_again_says_why(tmp_path: Path) -> None:
     assert (found.state, found.where) == ("failed", "4 starts")
 
 
+def job_ended(at: float, number: str, code: int, again: bool) -> dict[str, Any]:
+    told = {"job": "7", "number": number, "code": code, "line": "", "again": again, "why": f"{code} it is"}
+    return {"time": NOW + at, "event": "job ended"} | told
+
+
+def test_a_job_that_came_second_was_sent_away_and_the_first_runs_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted = {"time": NOW + 10, "event": "submitted", "job": "8"}
+    write(tmp_path, [(1, 5.0)], [start(0), submitted, job_ended(20, "8", 64, again=False)])
+    monkeypatch.setattr(module, "queue_state", {"7": Queued("RUNNING", "n1", NOW)}.get)
+    found = status(tmp_path)
+    assert (found.state, found.job, found.starts[0].code) == ("running", "7", None)
+
+
+def test_a_job_that_never_began_after_one_that_did(tmp_path: Path) -> None:
+    happened = [start(0), end(10, 75, "saved"), *(job_ended(at, "9", 139, at == 30) for at in (30, 40))]
+    write(tmp_path, [(1, 5.0)], happened)
+    found = status(tmp_path)
+    assert (found.state, found.where) == ("failed", "139 it is")
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigProblem, match="holds no run"):
         status(tmp_path)

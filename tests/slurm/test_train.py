@@ -241,8 +241,8 @@ def test_the_benchmark_reports_by_itself(site: Site) -> None:
 def test_the_time_limit_warns_in_time_and_the_run_goes_on(site: Site) -> None:
     """Slurm's own clock: limits are whole minutes, and it looks every 30 s."""
     overrides = ("run.steps=4000", "save.every=0")
-    job = site.train("limited", "--time=2", "--signal=USR1@60", overrides=overrides)
-    wait_until(lambda: site.slurm.job(job).get("Restarts") == "1", 180, lambda: site.story("limited"))
+    job = site.train("limited", "--time=3", "--signal=USR1@60", overrides=overrides)
+    wait_until(lambda: site.slurm.job(job).get("Restarts") == "1", 240, lambda: site.story("limited"))
     came_to = site.rows("limited")[-1]["step"]
     wait_until(lambda: len(site.status("limited")["starts"]) == 2, 120, lambda: site.story("limited"))
     status = site.status("limited")
