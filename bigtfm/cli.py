@@ -612,7 +612,8 @@ def again(
 ) -> None:
     """Say whether a Slurm job is to be started again.
 
-    For the end of a batch script: prints the nodes to do without; the exit code is 0 if yes, 1 if no.
+    For the end of a batch script: prints the exit code that the ranks have agreed on, and the nodes to do
+    without; its own is 0 if yes, 1 if no.
     """
     from bigtfm.slurm.again import note_and_decide
 
@@ -623,7 +624,7 @@ def again(
         f"bigtfm: {'starting again' if decision.again else 'not started again'}: {decision.why}",
         file=sys.stderr,
     )
-    print(",".join(decision.exclude), end="")
+    print(now.code, ",".join(decision.exclude))
     raise typer.Exit(0 if decision.again else 1)
 
 

@@ -65,7 +65,7 @@ def test_an_array_prepares_what_one_process_does(site: Site) -> None:
 
 def test_a_run_is_fine_tuned_and_looked_at(site: Site) -> None:
     first = site.train("first", nodes=1, overrides=("run.steps=20",))
-    overrides = "run.steps=10 save.every=10 eval.every=0 track.mlflow=false"
+    overrides = " ".join(site.overrides("run.steps=10", "save.every=10"))
     tuned = site.train(
         "tuned", f"--dependency=afterok:{first}", script="slurm/finetune.sbatch", nodes=1,
         INIT_FROM="runs/first", CONFIG="runs/first/run.toml", OVERRIDES=overrides,
