@@ -618,8 +618,9 @@ def again(
     from bigtfm.slurm.again import note_and_decide
 
     now, decision = note_and_decide(run_dir, code, os.environ, since=since, retries=retries)
-    unsaid = f"exit code {now.code}, of which {run_dir / 'logs'} may say more"
-    print(f"bigtfm: {now.line or unsaid}", file=sys.stderr)
+    if now.code:
+        unsaid = f"exit code {now.code}, of which {run_dir / 'logs'} may say more"
+        print(f"bigtfm: {now.line or unsaid}", file=sys.stderr)
     print(
         f"bigtfm: {'starting again' if decision.again else 'not started again'}: {decision.why}",
         file=sys.stderr,
