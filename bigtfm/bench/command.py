@@ -12,9 +12,9 @@ from rich.table import Table as Shown
 from bigtfm import mlflow_mirror
 from bigtfm.bench.matrix import load_matrix
 from bigtfm.bench.report import Report, Table, make_report
-from bigtfm.bench.results import RESULTS, Row, append, read_rows
+from bigtfm.bench.results import RESULTS, Row, read_rows, rewrite
 from bigtfm.bench.runner import run_matrix
-from bigtfm.bench.runs import rows_of_runs
+from bigtfm.bench.runs import RUNS, rows_of_runs
 from bigtfm.tracking import MetricsLog
 
 EXPERIMENT = "bigtfm-bench"
@@ -41,11 +41,8 @@ def bench(
         for row in run_matrix(matrix, out):
             print(json.dumps(row), flush=True) if as_json else terminal.print(line_of(row), highlight=False)
     if runs is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        there = {row["key"] for row in read_rows(out / RESULTS)}
-        for row in rows_of_runs(runs):
-            if row["key"] not in there:
-                append(out / RESULTS, row)
+        measured = [row for row in read_rows(out / RESULTS) if row["grid"] != RUNS]
+        rewrite(out / RESULTS, [*measured, *rows_of_runs(runs)])
     report = make_report(out, against)
     if not as_json:
         for table in report.tables:

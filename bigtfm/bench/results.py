@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,13 +147,31 @@ def append(path: Path, row: Row) -> None:
     Raises:
         StorageProblem: it can't be written.
     """
+    with _writable(path), path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewrite(path: Path, rows: Iterable[Row]) -> None:
+    """All rows anew.
+
+    Raises:
+        StorageProblem: they can't be written.
+    """
+    new = path.with_suffix(".tmp")
+    with _writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        os.replace(new, path)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
     try:
-        with path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
         fix = "free space there, then repeat the command: it goes on"
         raise StorageProblem(f"can't be written: {error}", where=str(path), fix=fix) from None
@@ -173,9 +192,10 @@ def label_of(row: Row, others: list[Row]) -> str:
     """The axes of a cell in which the cells of its grid differ; the model, where there is nothing else."""
 
     def differs(axis: str) -> bool:
-        return len({json.dumps(other.get(axis), sort_keys=True) for other in others}) > 1
+        return len({json.dumps(other[axis], sort_keys=True) for other in others if axis in other}) > 1
 
-    return ", ".join(_said(axis, row.get(axis)) for axis in AXES if differs(axis)) or str(row["model"])
+    said = [_said(axis, row[axis]) for axis in AXES if axis in row and differs(axis)]
+    return ", ".join(said) or str(row["model"])
 
 
 def _said(axis: str, value: Any) -> str:

@@ -6,18 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigtfm.bench.results import Row, Spread
+from bigtfm.config.problems import ConfigProblem
 from bigtfm.mlflow_sender import read_json
 from bigtfm.resilience.outcome import FAILURE
 from bigtfm.tracking import read_metrics
 
+RUNS = "runs"  # their grid
 WARM_UP = 5  # steps that compile, allocate and read for the first time
 
 
 def rows_of_runs(folder: Path) -> Iterator[Row]:
-    """A row for every run directory in `folder`; one that failed, or did not come far, says why."""
+    """A row for every run directory in `folder`; one that failed, or did not come far, says why.
+
+    Raises:
+        ConfigProblem: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigProblem("no such folder", where=str(folder), fix="name one that holds run directories")
     for run in sorted(path for path in folder.iterdir() if (path / "logs").is_dir()):
         resolved, failure = read_json(run / "resolved.json"), read_json(run / FAILURE)
-        row: Row = {"key": run.name, "repeat": 0, "matrix": folder.resolve().name, "grid": "runs"}
+        row: Row = {"key": run.name, "repeat": 0, "matrix": folder.resolve().name, "grid": RUNS}
         row |= {"model": run.name, "status": "crash", "why": "it has not come far; see its logs"}
         steps = read_metrics(run / "metrics.jsonl")[WARM_UP:]
         if failure:
