@@ -3,8 +3,8 @@
     python benchmarks/gpu_suite.py --out FOLDER [--minutes 8.5] [--only "GPT-2 124M"] [--dry-run]
 
 The cells stand in benchmarks/matrices/h200.toml, a grid a row. A call begins a cell only if it can end in
-time, prints a line for each row, and exits with 75 where cells are left: repeat it. `bigtfm bench --out` makes
-the report. --dry-run: the first cell of each row with a tiny model in fp32, on any machine.
+time, prints a line for each row, and exits with 75 where cells are left: repeat it. `bigtfm bench --out`
+makes the report. --dry-run: the first cell of each row with a tiny model in fp32, on any machine.
 """
 
 from __future__ import annotations
