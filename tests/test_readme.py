@@ -46,6 +46,9 @@ RUN = {
     'bigtfm generate --run runs/t5 --prompt "The state of the <extra_id_0> is <extra_id_1>." '
     "--num-beams 4": AS_IT_STANDS,
     "bigtfm export runs/mine mine.safetensors": AS_IT_STANDS,
+    "bigtfm bench --matrix benchmarks/matrices/quick.toml --out runs/quick": "printf "
+    "'[measure]\\nsteps = 3\\n[[grid]]\\nmicro_batch = 1\\n' > benchmarks/matrices/quick.toml; {} --mlflow ''",
+    "bigtfm bench --out runs/quick --against runs/quick --mlflow ''": AS_IT_STANDS,
     "bigtfm doctor": "{} || test $? = 1",  # whatever is wrong with this machine
     "bigtfm doctor --run runs/mine": AS_IT_STANDS,
     "bigtfm export runs/mine best.safetensors --best --dtype bf16": AS_IT_STANDS,
@@ -68,6 +71,7 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm status runs/first --watch": "needs that job",
     "CONFIG=configs/llama_1b.toml DEEPSPEED_CONFIG=ds_configs/zero2_bf16.json "
     "OVERRIDES='data.path=data/mine' sbatch --job-name=llama --nodes=4 slurm/train.sbatch": "needs Slurm",
+    "bigtfm bench --runs runs/bench-1234 --out runs/bench-1234": "needs the runs of a Slurm job",
     "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub",
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "
