@@ -13,7 +13,7 @@ from bigtfm.config.run import RunConfig
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.mixture import Mixture
 from bigtfm.data.order import Order
-from bigtfm.planner.memory import block_matrices, count_parameters
+from bigtfm.planner.parameters import block_matrices, count_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,9 @@ from bigtfm.engine import checkpoint, storage
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
 from bigtfm.job import Job
-from bigtfm.planner.memory import activation_bytes, checkpoint_bytes, logit_bytes
+from bigtfm.planner.memory import plan_memory
+from bigtfm.planner.parameters import checkpoint_bytes
+from bigtfm.planner.setting import setting_of
 from bigtfm.resilience import events, out_of_memory
 from bigtfm.resilience.lifeline import Lifeline, Restart
 from bigtfm.run_directory import brief, first_change, identity
@@ -111,15 +113,13 @@ def told_when_out_of_memory(job: Job, ranks: Ranks, progress: Progress, lifeline
         if isinstance(error, Problem) or not out_of_memory.is_out_of_memory(error):
             raise
         run, resolved = job.run, job.resolved
-        tokens, size = resolved.micro_batch * resolved.seq_len, 4 if resolved.precision == "fp32" else 2
         told = out_of_memory.problem(
             error,
             where=f"rank {ranks.rank}, step {progress.step + 1}",
             micro_batch=resolved.micro_batch,
             accumulation=resolved.accumulation,
             seq_len=resolved.seq_len,
-            activations=activation_bytes(run.model, tokens, size, resolved.recompute),
-            logits=logit_bytes(resolved.vocab_size, tokens, size),
+            planned=_planned(job, ranks.device_name),
             halve=run.guard.halve_micro_batch,
         )
         smaller = out_of_memory.smaller(resolved.micro_batch)
@@ -130,3 +130,16 @@ def told_when_out_of_memory(job: Job, ranks: Ranks, progress: Progress, lifeline
                 events.tell(run.run_dir, "out of memory", line, rank=ranks.rank, micro_batch=smaller)
                 raise Restart(micro_batch=smaller) from None
         raise told from None
+
+
+def _planned(job: Job, device: str) -> str:
+    """The planner's numbers for a step of this job on this device."""
+    setting = setting_of(
+        job.run,
+        job.deepspeed,
+        vocab_size=job.resolved.vocab_size,
+        world_size=job.resolved.world_size,
+        device=device,
+        attention=job.attention.name,
+    )
+    return plan_memory(setting).line

@@ -7,7 +7,7 @@ import time
 from typing import NamedTuple
 
 from bigtfm.config.sections import ModelSection, ObjectiveSection
-from bigtfm.planner.memory import block_matrices, cross_matrices
+from bigtfm.planner.parameters import block_matrices, cross_matrices
 
 
 def flops_per_token(

@@ -26,17 +26,14 @@ def smaller(micro_batch: int) -> int | None:
 
 def problem(
     error: BaseException, *, where: str, micro_batch: int, accumulation: int, seq_len: int,
-    activations: int, logits: int, halve: bool,
+    planned: str, halve: bool,
 ) -> Problem:  # fmt: skip
     """What the user is told.
 
-    activations, logits: estimated bytes of a micro batch. halve: the next start takes a smaller one.
+    planned: what a step was expected to take, and of what. halve: the next start takes a smaller batch.
     """
     said = str(error).strip()[:200] or "MemoryError"
-    what = (
-        f"out of memory with micro batch {micro_batch} of {seq_len} tokens (about {_size(activations)} of "
-        f"activations and {_size(logits)} of logits): {said}"
-    )
+    what = f"out of memory with micro batch {micro_batch} of {seq_len} tokens (planned: {planned}): {said}"
     size = smaller(micro_batch)
     if size is None:
         more = "compute.recompute=full, a smaller data.seq_len, a higher ZeRO stage or offload"
@@ -51,10 +48,6 @@ def problem(
         fix=f"use {batch} in the DeepSpeed JSON, which give the same loss (guard.halve_micro_batch=true does "
         "so by itself), or compute.recompute=full",
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def remember(run_dir: Path, stated: int, micro_batch: int) -> None:

@@ -19,7 +19,7 @@ from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import RunConfig, load_run_config
 from bigtfm.data.mixture import training_order
-from bigtfm.planner.memory import count_parameters
+from bigtfm.planner.parameters import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))

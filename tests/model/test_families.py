@@ -11,7 +11,7 @@ from small_models import KINDS, VOCAB, assert_same, batch, documents, gradients,
 from bigtfm.config.sections import ObjectiveSection
 from bigtfm.model.attention import Documents
 from bigtfm.model.transformer import Block, compile_blocks
-from bigtfm.planner.memory import count_parameters
+from bigtfm.planner.parameters import count_parameters
 
 RAGGED = [5, 1, 9, 24, 1, 5]  # length 1, and the longest that the model reads
 

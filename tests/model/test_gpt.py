@@ -11,7 +11,7 @@ from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSectio
 from bigtfm.model.attention import Documents
 from bigtfm.model.gpt import GPT
 from bigtfm.model.transformer import init_weights, initial_value
-from bigtfm.planner.memory import count_parameters
+from bigtfm.planner.parameters import count_parameters
 
 VOCAB = 37
 SMALL = {"hidden_size": 16, "num_layers": 3, "num_attention_heads": 4, "max_seq_len": 16, "init_std": 0.2}
