@@ -126,9 +126,9 @@ class _TellingPulse(Pulse):
         super().__init__()
         self.counter = counter
 
-    def enter(self, phase: str, *, step: int | None = None) -> None:
+    def _enter(self, phase: str, step: int | None, site: str) -> None:
         self.counter.enter(phase, step)
-        super().enter(phase, step=step)
+        super()._enter(phase, step, site)
 
 
 def _lasting(live: Container[int]) -> Iterator[tuple[int, str]]:

@@ -55,8 +55,8 @@ def test_a_smaller_micro_batch_is_asked_for_or_taken(
     assert told.code == 64, told.output[-2000:]
     line = next(line for line in told.output.splitlines() if line.startswith("bigtfm: error"))
     assert re.fullmatch(
-        r"bigtfm: error: rank 0, step 1: out of memory with micro batch 256 of 32 tokens \(about [\d.]+ MiB "
-        r"of activations and 48.0 MiB of logits\): .*can't allocate memory.*\. Fix: use micro batch 128 and "
+        r"bigtfm: error: rank 0, step 1: out of memory with micro batch 256 of 32 tokens \(planned: [\d.]+ MiB "
+        r"in the loss: [\d.]+ MiB activations, 48.0 MiB logits\): .*can't allocate memory.*\. Fix: use micro batch 128 and "
         r"accumulation 4 in the DeepSpeed JSON, which give the same loss \(guard.halve_micro_batch=true does "
         r"so by itself\), or compute.recompute=full",
         line,
@@ -98,14 +98,14 @@ def test_what_counts(error: Exception, is_one: bool) -> None:
 def told(micro_batch: int, *, halve: bool) -> tuple[int, str]:
     problem = out_of_memory.problem(
         MemoryError(), where="rank 3, step 7", micro_batch=micro_batch, accumulation=5, seq_len=2048,
-        activations=3 * 2**30, logits=2**20, halve=halve,
+        planned="70.0 GiB in the loss: 40.0 GiB activations", halve=halve,
     )  # fmt: skip
     return problem.exit_code, problem.line
 
 
 def test_the_lines() -> None:
-    begin = "error: rank 3, step 7: out of memory with micro batch {} of 2048 tokens (about 3.0 GiB of "
-    begin += "activations and 1.0 MiB of logits): MemoryError. Fix: "
+    begin = "error: rank 3, step 7: out of memory with micro batch {} of 2048 tokens (planned: 70.0 GiB in "
+    begin += "the loss: 40.0 GiB activations): MemoryError. Fix: "
     assert told(6, halve=True) == (
         75,
         begin.format(6) + "start the same command again: it goes on with micro batch 3 and accumulation 10",
