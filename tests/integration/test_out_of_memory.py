@@ -55,10 +55,10 @@ def test_a_smaller_micro_batch_is_asked_for_or_taken(
     assert told.code == 64, told.output[-2000:]
     line = next(line for line in told.output.splitlines() if line.startswith("bigtfm: error"))
     assert re.fullmatch(
-        r"bigtfm: error: rank 0, step 1: out of memory with micro batch 256 of 32 tokens \(planned: [\d.]+ MiB "
-        r"in the loss: [\d.]+ MiB activations, 48.0 MiB logits\): .*can't allocate memory.*\. Fix: use micro batch 128 and "
-        r"accumulation 4 in the DeepSpeed JSON, which give the same loss \(guard.halve_micro_batch=true does "
-        r"so by itself\), or compute.recompute=full",
+        r"bigtfm: error: rank 0, step 1: out of memory with micro batch 256 of 32 tokens \(planned: [\d.]+ "
+        r"MiB in the loss: [\d.]+ MiB activations, 48.0 MiB logits\): .*can't allocate memory.*\. Fix: use "
+        r"micro batch 128 and accumulation 4 in the DeepSpeed JSON, which give the same loss "
+        r"\(guard.halve_micro_batch=true does so by itself\), or compute.recompute=full",
         line,
     ), line
 
