@@ -25,9 +25,8 @@ VICTIMS = {
     "data worker": 1,
 }  # with weights
 MOMENTS = {"any": 5, "resume": 1, "save": 1, "write": 1, "evaluate": 1}
-LAUNCHER_EVERY = (
-    40  # one kill of so many is of the deepspeed launcher, which takes ten times as long to start
-)
+LAUNCHER_EVERY = 40  # one kill of so many is of the deepspeed launcher: it takes ten times as long to start
+STARTING = 60.0  # seconds that what it leaves behind may take to start the ranks, which then look for it
 
 
 @dataclass(frozen=True)
@@ -211,12 +210,13 @@ def _through_launcher(out: Path, args: Sequence[str], plan: Plan, gone: float) -
         return any("deepspeed.launcher.launch" in p.command for p in processes.living(servers))
 
     done = Attempt(0.0)
-    if _wait(launched if plan.turn == 1 else trains, alive, PATIENCE):
-        time.sleep((12.0 if plan.turn == 1 else 1.0) * plan.after)
+    starting = plan.turn == 1
+    if _wait(launched if starting else trains, alive, PATIENCE):
+        time.sleep((12.0 if starting else 1.0) * plan.after)
         done.killed = [launcher.pid] if alive() else []
     processes.kill(done.killed)
     done.seconds = time.monotonic() - began
-    _end(done, servers, gone)
+    _end(done, servers, gone + STARTING if starting else gone)
     done.codes = [launcher.wait()]
     done.output = (out / "launcher.out").read_text(errors="replace")
     if found := re.findall(r"resuming .* after step (\d+)", done.output):
