@@ -6,6 +6,7 @@ failure.json, which the runner reads. What was measured, rank 0 writes to RUN/me
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ class Trial:
     run_dir: str
     warm_up: int
     steps: int
+    memory: bool
     hang_seconds: float
     memory_gib: float | None
 
@@ -83,13 +85,36 @@ def run(trial: Trial, launch: Launch, lifeline: Lifeline) -> None:
     try:
         train(job, launch, ranks, lifeline)
     except Enough:
-        found = ranks.gather(_of_rank(trial, clock, ranks) | {"ceiling": ceiling})
+        mine = _of_rank(trial, clock, ranks) | {"ceiling": ceiling}
     else:
         raise AssertionError("the training is shorter than its measurement")
+    losses = _losses(job) if launch.rank == 0 else {}
+    if trial.memory and not job.run.compute.compile_blocks:  # compiled code is not seen by the counter
+        mine["memory"] = _counted(job, ranks, clock) | mine["memory"]
+    found = ranks.gather(mine)
     if launch.rank == 0:
-        rows = _of_all(found) | {"device": ranks.device_name, "threads_used": _threads(), **_losses(job)}
-        (Path(trial.run_dir) / MEASURED).write_text(json.dumps(rows) + "\n", encoding="utf-8")
+        used = {"device": ranks.device_name, "threads_used": _threads(), "attention_used": job.attention.name}
+        measured_by_all = json.dumps(_of_all(found) | used | losses)
+        (Path(trial.run_dir) / MEASURED).write_text(measured_by_all + "\n", encoding="utf-8")
     ranks.close()
+
+
+def _counted(job: Job, ranks: Ranks, clock: StepClock) -> dict[str, int]:
+    """Bytes of live tensors at their peak, by what they are for: of the same training once more."""
+    from bigtfm.bench.memory import STEPS, LiveBytes
+    from bigtfm.train import train
+
+    gc.collect()
+    counter = LiveBytes((job.resolved.vocab_size, job.resolved.padded_vocab_size))
+    clock.anew(STEPS, counter.enter)
+    lifeline = Lifeline(pulse=clock)
+    lifeline.saves = False
+    try:
+        with counter:
+            train(job, ranks.launch, ranks, lifeline)
+    except Enough:
+        pass
+    return counter.result.at_peak | {"peak": counter.result.peak}
 
 
 def _of_rank(trial: Trial, clock: StepClock, ranks: Ranks) -> dict[str, Any]:

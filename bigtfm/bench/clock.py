@@ -39,6 +39,12 @@ class StepClock(Pulse):
         self._last, self._split_from, self._synchronize = steps, split_from, synchronize
         self._current: Step | None = None
         self._name, self._since, self._waited = "", 0.0, 0.0
+        self._listener: Callable[[str, int | None], None] = lambda *_: None
+
+    def anew(self, steps: int, listener: Callable[[str, int | None], None]) -> None:
+        """For another training in the same process, whose phases and steps are told to `listener`."""
+        self.steps, self._current, self._listener = [], None, listener
+        self._last, self._split_from = steps, steps + 1
 
     def _enter(self, phase: str, step: int | None, site: str) -> None:
         if self._current is not None and len(self.steps) + 1 >= self._split_from:
@@ -55,5 +61,6 @@ class StepClock(Pulse):
                 self.steps.append(self._current)
             self._current = Step()
         super()._enter(phase, step, site)
+        self._listener(phase, step)
         if len(self.steps) == self._last:
             raise Enough

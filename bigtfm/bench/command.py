@@ -46,7 +46,8 @@ def bench(
     report = make_report(out, against)
     if not as_json:
         for table in report.tables:
-            terminal.print(shown(table))
+            if any(map(table.is_brief, table.columns)):
+                terminal.print(shown(table))
     terminal.print(f"report: {out / 'report.html'}", highlight=False)
     if mlflow:
         _send(report, out, mlflow, terminal)
@@ -68,13 +69,13 @@ def line_of(row: Row) -> str:
 
 def shown(table: Table) -> Shown:
     """A table for a terminal."""
-    result = Shown(
-        title=table.title, caption=table.note or None, title_justify="left", caption_justify="left"
-    )
-    for number, name in enumerate(table.columns):
-        result.add_column(name.strip(), justify="left" if number == 0 or name == "why" else "right")
+    title, caption = f"\n{table.title}", table.note or None
+    result = Shown(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
+    for place in (places := [n for n, name in enumerate(table.columns) if table.is_brief(name)]):
+        name = table.columns[place].strip()
+        result.add_column(name, justify="left" if place == 0 or name == "why" else "right")
     for row in table.rows:
-        result.add_row(*row)
+        result.add_row(*(row[place] for place in places))
     return result
 
 

@@ -42,6 +42,10 @@ class Measure(Section):
     )
     steps: int = Field(default=10, ge=3, description="optimizer steps that are measured")
     repeats: int = Field(default=1, ge=1, description="times that each cell is run, in turns with the others")
+    memory: bool = Field(
+        default=True,
+        description="train some steps more in which every tensor is counted: what the memory is for",
+    )
     timeout_seconds: float = Field(default=300.0, gt=0, description="a cell that takes longer is ended")
     hang_seconds: float = Field(
         default=60.0, ge=0, description="guard.hang_seconds of the cells: a phase that lasts longer is a hang"

@@ -9,8 +9,8 @@ from typing import Any
 from bigtfm.bench.clock import SPLIT
 from bigtfm.bench.results import Result
 from bigtfm.bench.views import fronts, scalings
+from bigtfm.planner.memory import CATEGORIES
 
-MEMORY = ("weights", "gradients", "optimizer", "buckets", "activations", "logits", "working")
 _BAR, _FAILED, _GRID = "#2f6db0", "#b03a2e", "#dddddd"
 _COLOURS = ("#2f6db0", "#e08e2b", "#4a9a5b", "#b5485d", "#7a5fa8", "#8c6b4f", "#9a9a9a")
 _GIB = 2**30
@@ -68,7 +68,7 @@ def memory(results: Sequence[Result]) -> Any:
         return None
     figure, axes = _bars(shown, "GiB a rank at the peak")
     stacks = [_memory_stack(result) for result in shown]
-    _stack(axes, stacks, (*MEMORY, "not told apart"))
+    _stack(axes, stacks, (*CATEGORIES, "not told apart"))
     for place, result in enumerate(shown):
         expected = (result.first.get("predicted") or {}).get("memory", {}).get("peak")
         if expected:
@@ -79,7 +79,7 @@ def memory(results: Sequence[Result]) -> Any:
 
 def _memory_stack(result: Result) -> dict[str, float]:
     found = result.first["memory"]
-    parts = {name: found.get(name, 0) / _GIB for name in MEMORY}
+    parts = {name: found.get(name, 0) / _GIB for name in CATEGORIES}
     return parts | {"not told apart": max(0.0, found["peak"] / _GIB - sum(parts.values()))}
 
 

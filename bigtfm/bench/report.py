@@ -13,10 +13,11 @@ from typing import Any
 
 from bigtfm.bench.against import Change, changes
 from bigtfm.bench.clock import SPLIT
-from bigtfm.bench.plots import MEMORY, draw_all
-from bigtfm.bench.results import AXES, RESULTS, Result, read_rows, together
+from bigtfm.bench.plots import draw_all
+from bigtfm.bench.results import AXES, RESULTS, Result, Spread, read_rows, together
 from bigtfm.bench.views import scalings
 from bigtfm.config.problems import ConfigProblem
+from bigtfm.planner.memory import CATEGORIES
 
 _GIB = 2**30
 _DEFINITIONS = (
@@ -36,6 +37,11 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    brief: tuple[str, ...] | None = None  # the columns for a narrow terminal; None: all
+
+    def is_brief(self, column: str) -> bool:
+        """Whether it is for a narrow terminal, too."""
+        return self.brief is None or column in self.brief
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,9 @@ class Report:
     def tables(self) -> list[Table]:
         grids = list(dict.fromkeys(result.grid for result in self.results))
         tables = [_grid(grid, [each for each in self.results if each.grid == grid]) for grid in grids]
-        extra = (
-            _scaling(self.results),
-            _predictions(self.results),
-            _failed(self.results),
-            _against(self.changes),
-        )
+        done = [result for result in self.results if result.ok]
+        extra = [_split(done), _memory(done), _scaling(done), _predictions(done), _failed(self.results)]
+        extra.append(_against(self.changes))
         return tables + [table for table in extra if table.rows]
 
 
@@ -123,12 +126,30 @@ def _grid(grid: str, results: Sequence[Result]) -> Table:
         "s a step": [f"{result.seconds.median:.3f}" for result in done],
         "MFU": [_percent(result.mean("mfu")) for result in done],
         "share": [_percent(result.mean("matmul_share")) for result in done],
-        **{name: [_part(result, name) for result in done] for name in SPLIT},
         "peak": [_gib(result.peak_bytes) for result in done],
         "loss": [_number(result.mean("loss"), ".5f") for result in done],
     }
     columns = {name: values for name, values in columns.items() if any(values)}
-    return Table(grid, tuple(columns), tuple(zip(*columns.values(), strict=True)), _sentence(results))
+    rows, brief = tuple(zip(*columns.values(), strict=True)), ("cell", "tokens/s", "MFU", "share", "peak")
+    return Table(grid, tuple(columns), rows, _sentence(results), brief)
+
+
+def _split(results: Sequence[Result]) -> Table:
+    rows = [
+        (_full_name(result), *(_percent(found[name] / sum(found.values())) for name in SPLIT))
+        for result in results
+        if (found := result.first.get("split"))
+    ]
+    return Table("Where a step's time goes", ("cell", *SPLIT), tuple(rows), brief=())
+
+
+def _memory(results: Sequence[Result]) -> Table:
+    rows = [
+        (_full_name(result), *(_gib(found.get(name, 0)) for name in CATEGORIES), _gib(found["peak"]))
+        for result in results
+        if "weights" in (found := result.first.get("memory") or {})
+    ]
+    return Table("What memory is for, at its peak", ("cell", *CATEGORIES, "peak"), tuple(rows), brief=())
 
 
 def _sentence(results: Sequence[Result]) -> str:
@@ -158,29 +179,41 @@ def _scaling(results: Sequence[Result]) -> Table:
 
 
 def _predictions(results: Sequence[Result]) -> Table:
-    rows = []
+    rows, off = [], {"peak memory": [], "step": []}  # type: tuple[list[tuple[str, ...]], dict[str, list[float]]]
     for result in results:
-        expected = result.first.get("predicted") if result.ok else None
-        if expected:
-            seconds, peak = expected.get("step_seconds"), expected.get("memory", {}).get("peak")
-            rows.append(
-                (
-                    f"{result.grid}: {result.label}",
-                    _gib(peak),
-                    _gib(result.peak_bytes),
-                    _error(peak, result.peak_bytes),
-                    _number(seconds, ".3f"),
-                    f"{result.seconds.median:.3f}",
-                    _error(seconds, result.seconds.median),
-                )
-            )
-    columns = ("cell", "peak, planned", "measured", "error", "s a step, planned", "measured ", "error ")
-    return Table("Planned and measured", columns, tuple(rows))
+        expected = (result.first.get("predicted") or {}) if result.ok else {}
+        pairs = {
+            "peak memory": (expected.get("memory", {}).get("peak"), result.peak_bytes),
+            "step": (expected.get("step_seconds"), result.seconds.median if result.ok else None),
+        }
+        errors = {name: one / two - 1 for name, (one, two) in pairs.items() if one and two}
+        for name, error in errors.items():
+            off[name].append(abs(error))
+        if errors:
+            texts = [_full_name(result)]
+            for name, show in (("peak memory", _gib), ("step", _seconds)):
+                error = errors.get(name)
+                texts += [*map(show, pairs[name]), "" if error is None else f"{error:+.1%}"]
+            rows.append(tuple(texts))
+    said = [
+        f"{name}: {Spread.of(errors).median:.1%} off in the median, {max(errors):.1%} at worst"
+        for name, errors in off.items()
+        if errors
+    ]
+    columns = ("cell", "peak, planned", "measured", "off", "step, planned", "measured ", "off ")
+    return _filled("Planned and measured", columns, rows, "; ".join(said))
+
+
+def _filled(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], note: str = "") -> Table:
+    """Without the columns in which nothing stands."""
+    kept = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    shown = tuple(tuple(row[place] for place in kept) for row in rows)
+    return Table(title, tuple(columns[place] for place in kept), shown, note)
 
 
 def _failed(results: Sequence[Result]) -> Table:
     rows = [
-        (f"{result.grid}: {result.label}", result.first["status"], str(result.first.get("why", "")))
+        (_full_name(result), result.first["status"], str(result.first.get("why", "")))
         for result in results
         if not result.ok
     ]
@@ -228,7 +261,7 @@ def to_csv(results: Sequence[Result]) -> str:
         *("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high"),
         *("tokens_per_second_per_rank", "step_seconds", "mfu", "matmul_share", "loss"),
         *(f"{name}_seconds" for name in SPLIT),
-        *(f"{name}_bytes" for name in (*MEMORY, "peak", "reserved")),
+        *(f"{name}_bytes" for name in (*CATEGORIES, "peak", "reserved")),
         *("predicted_peak_bytes", "predicted_step_seconds"),
         *("device", "commit", "torch", "deepspeed", "cpu", "cores"),
     ]
@@ -332,9 +365,8 @@ def _spread(result: Result) -> str:
     return f"{rate.median:,.0f} ({rate.low:,.0f} to {rate.high:,.0f})"
 
 
-def _part(result: Result, name: str) -> str:
-    split = result.first.get("split") or {}
-    return _percent(split[name] / sum(split.values())) if split else ""
+def _full_name(result: Result) -> str:
+    return f"{result.grid}: {result.label}"
 
 
 def _percent(value: float | None) -> str:
@@ -351,5 +383,5 @@ def _gib(count: float | None) -> str:
     return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
 
 
-def _error(expected: float | None, found: float | None) -> str:
-    return "" if not expected or not found else f"{expected / found - 1:+.1%}"
+def _seconds(value: float | None) -> str:
+    return _number(value, ".3f") and f"{value:.3f} s"

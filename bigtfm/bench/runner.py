@@ -28,6 +28,8 @@ from bigtfm.config.problems import ConfigProblem, Problem
 from bigtfm.environment import environment
 from bigtfm.job import Job, check_job
 from bigtfm.mlflow_sender import read_json
+from bigtfm.planner.memory import CATEGORIES, plan_memory
+from bigtfm.planner.setting import setting_of
 from bigtfm.planner.throughput import flops_per_token, peak_flops
 from bigtfm.resilience.claim import claim
 from bigtfm.resilience.outcome import FAILURE
@@ -103,7 +105,7 @@ def run_matrix(
                 if (key, repeat) in there or late:
                     continue
                 row: Row = {"key": key, "repeat": repeat, "matrix": matrix.name, "grid": grid}
-                row |= _row_of(cell, matrix, data, out / "cells" / key, start)
+                row |= _row_of(cell, matrix, data, out / "cells" / key, start, here["hardware"]["gpus"])
                 row |= {"time": round(time.time(), 3), **here}
                 append(out / RESULTS, row)
                 yield row
@@ -150,8 +152,8 @@ def _prepared(data: str, out: Path) -> Path:
     return (out / "data").resolve()
 
 
-def _row_of(cell: Cell, matrix: Matrix, data: Path, folder: Path, start: Start) -> Row:
-    """One trial: its configuration, and what came of it."""
+def _row_of(cell: Cell, matrix: Matrix, data: Path, folder: Path, start: Start, gpus: str | None) -> Row:
+    """One trial: its configuration, what was expected of it, and what came of it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began = time.monotonic()
@@ -166,11 +168,26 @@ def _row_of(cell: Cell, matrix: Matrix, data: Path, folder: Path, start: Start) 
         "parameters": job.resolved.parameters,
         "tokens_per_step": job.resolved.tokens_per_step,
         "flops_per_token": flops,
+        "predicted": _planned(job, gpus),
     }
     row |= _trained(trial, cell, matrix.measure.timeout_seconds, start)
     if row["status"] == "ok":
         row |= _speed(row)
     return row | {"cell_seconds": round(time.monotonic() - began, 3)}
+
+
+def _planned(job: Job, gpus: str | None) -> Row:
+    """What the planner expects of a cell."""
+    try:
+        attention = job.attention.name
+    except ConfigProblem:  # it will be refused
+        return {}
+    setting = setting_of(
+        job.run, job.deepspeed, vocab_size=job.resolved.vocab_size, world_size=job.resolved.world_size,
+        device=gpus.split(", ")[0] if gpus else "cpu", attention=attention,
+    )  # fmt: skip
+    plan = plan_memory(setting)
+    return {"memory": {name: getattr(plan, name) for name in (*CATEGORIES, "peak")}}
 
 
 def _checked(cell: Cell, matrix: Matrix, data: Path, folder: Path) -> tuple[Job, Trial]:
@@ -196,7 +213,7 @@ def _checked(cell: Cell, matrix: Matrix, data: Path, folder: Path) -> tuple[Job,
     job = check_job(config, deepspeed, overrides, cell.ranks)
     trial = Trial(
         str(config), str(deepspeed.resolve()), overrides, str(folder.resolve()),
-        measure.warm_up, measure.steps, measure.hang_seconds, measure.memory_gib,
+        measure.warm_up, measure.steps, measure.memory, measure.hang_seconds, measure.memory_gib,
     )  # fmt: skip
     return job, trial
 

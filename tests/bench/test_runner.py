@@ -46,7 +46,7 @@ def test_out_of_memory_a_crash_and_a_hang_are_rows_of_a_finished_report(
         'name = "memory"\nmicro_batch = 256',
         'name = "nonsense"\nattention = "flash_attn_3"',
         more=', "model.vocab_size=200000"',
-        measure="hang_seconds = 3\nmemory_gib = 6",
+        measure="hang_seconds = 3\nmemory_gib = 6\nmemory = false",
     )
     found = list(run_matrix(faults, tmp_path / "out", start=faulty_cells.start))
     assert [row["status"] for row in found] == ["ok", "crash", "hang", "crash", "oom", "refused"], found
@@ -93,7 +93,7 @@ def test_ranks_and_stages_are_measured_once_and_train_the_same(
 @pytest.mark.launcher
 @pytest.mark.slow
 def test_a_cell_that_does_not_end_is_ended(matrix: Callable[..., Matrix], tmp_path: Path) -> None:
-    endless = matrix("micro_batch = 5", measure="hang_seconds = 0")
+    endless = matrix("micro_batch = 5", measure="hang_seconds = 0\nmemory = false")
     endless = endless.with_timeout(8)
     (row,) = run_matrix(endless, tmp_path / "out", start=faulty_cells.start)
     assert (row["status"], row["why"]) == ("hang", "no end after 8 s: after step 1")
