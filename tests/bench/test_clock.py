@@ -58,3 +58,18 @@ def test_a_supervisor_sees_it_as_any_pulse() -> None:
     reading = seen.read()
     assert (reading.step, reading.phase) == (4, "record")
     assert reading.site.startswith("test_clock.py:") or "test_clock.py:" in reading.site
+
+
+def test_another_training_in_the_same_process_is_told_to_its_listener() -> None:
+    heard: list[tuple[str, int | None]] = []
+    clock = StepClock(None, steps=1, split_from=9, synchronize=lambda: None)
+    a_step(clock, 1)
+    with pytest.raises(Enough):
+        clock.enter("data", step=2)
+    clock.anew(2, lambda phase, step: heard.append((phase, step)))
+    a_step(clock, 1)
+    a_step(clock, 2)
+    with pytest.raises(Enough):
+        clock.enter("data", step=3)
+    assert heard[:2] == [("data", 1), ("forward", None)]
+    assert len(heard) == 11

@@ -17,6 +17,7 @@ from bigtfm.bench.matrix import Matrix, load_matrix
 from bigtfm.bench.report import make_report
 from bigtfm.bench.results import RESULTS, read_rows
 from bigtfm.bench.runner import missing, run_matrix
+from bigtfm.planner.memory import CATEGORIES
 
 SHAPE = '"model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2", "model.max_seq_len=32"'
 
@@ -84,6 +85,9 @@ def test_ranks_and_stages_are_measured_once_and_train_the_same(
         assert row["matmul_share"] == pytest.approx(
             rate["median"] / 2 * row["flops_per_token"] / row["ceiling"]
         )
+        memory, planned = row["memory"], row["predicted"]["memory"]
+        assert sum(memory[name] for name in CATEGORIES) == memory["peak"]
+        assert planned["peak"] == pytest.approx(memory["peak"], rel=0.1)
         assert row["versions"]["torch"]
         assert row["hardware"]["cores"] > 0
         assert not list((out / "cells" / row["key"]).rglob("step-*")), "it saves nothing"
