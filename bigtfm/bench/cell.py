@@ -94,7 +94,7 @@ def run(trial: Trial, launch: Launch, lifeline: Lifeline) -> None:
     found = ranks.gather(mine)
     if launch.rank == 0:
         used = {"device": ranks.device_name, "threads_used": _threads(), "attention_used": job.attention.name}
-        measured_by_all = json.dumps(_of_all(found) | used | losses)
+        measured_by_all = json.dumps(together(found) | used | losses)
         (Path(trial.run_dir) / MEASURED).write_text(measured_by_all + "\n", encoding="utf-8")
     ranks.close()
 
@@ -127,7 +127,7 @@ def _of_rank(trial: Trial, clock: StepClock, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _of_all(found: list[dict[str, Any]]) -> dict[str, Any]:
+def together(found: list[dict[str, Any]]) -> dict[str, Any]:
     """A step lasts as long as on the slowest rank; of memory the largest, of the rest the mean."""
     first = found[0]
 
