@@ -192,8 +192,7 @@ def _predictions(results: Sequence[Result]) -> Table:
         if errors:
             texts = [_full_name(result)]
             for name, show in (("peak memory", _gib), ("step", _seconds)):
-                error = errors.get(name)
-                texts += [*map(show, pairs[name]), "" if error is None else f"{error:+.1%}"]
+                texts += [*map(show, pairs[name]), f"{errors[name]:+.1%}"] if name in errors else [""] * 3
             rows.append(tuple(texts))
     said = [
         f"{name}: {Spread.of(errors).median:.1%} off in the median, {max(errors):.1%} at worst"
