@@ -524,6 +524,64 @@ def bench(
 
 
 @app.command()
+def plan(
+    deepspeed_config: DeepSpeedFile,
+    config: RunConfigFile = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job, one a rank.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="h100-80g, h200, a100-40g, ..., cpu, or the name that torch gives the GPU.")
+    ] = "h100-80g",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="Find the fastest configuration that fits, at the same loss."),
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="DeepSpeed JSON to write what --search finds to. Default: none.")
+    ] = None,
+    confirm: Annotated[
+        int, typer.Option(min=0, help="How many of the best that --search finds are tried out here.")
+    ] = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Rates that --calibrate has measured. Default: the data sheet's."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Measure the rates of this machine into this file (minutes), then plan with them."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG of a rank's memory at every ZeRO stage. Default: none.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
+) -> None:
+    """Say whether a job fits, how fast it will be and what it will cost, without running it.
+
+    Needs no GPU, and no data set where model.vocab_size is stated. The exit code is 1 if it does not fit (of
+    a search: if nothing does), else 0.
+    """
+    from bigtfm.plan import show
+
+    fits = show(
+        config,
+        deepspeed_config,
+        overrides or [],
+        gpus=gpus,
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        search=search,
+        write=write,
+        confirm=confirm,
+        calibration=calibration,
+        calibrate=calibrate,
+        picture=picture,
+        as_json=as_json,
+    )
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
 def doctor(
     run: Annotated[
         Path | None, typer.Option(help="Run directory to look into. Default: none, but this machine.")

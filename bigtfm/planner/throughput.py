@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import NamedTuple
 
 from bigtfm.config.sections import ModelSection, ObjectiveSection
+from bigtfm.planner.hardware import device_of
 from bigtfm.planner.parameters import block_matrices, cross_matrices
 
 
@@ -51,37 +51,6 @@ class Peak(NamedTuple):
     source: str  # "data sheet: ..." or "measured: ..."
 
 
-# Dense peaks of matrix products from NVIDIA's data sheets and white papers, in TFLOP/s: pattern of the
-# device's name, (bf16, fp16, fp32). Accumulated in fp32; no sparsity; fp32 without TF32, torch's default;
-# None: no such unit. The first match counts.
-_DATA_SHEETS: tuple[tuple[str, tuple[float | None, float | None, float]], ...] = (
-    (r"GB200", (2500, 2500, 80)),
-    (r"B200", (2250, 2250, 75)),
-    (r"H200 NVL", (835.5, 835.5, 60)),
-    (r"GH200|H200", (989.4, 989.4, 66.9)),
-    (r"H100 NVL", (835.5, 835.5, 60)),
-    (r"H100 PCIe", (756, 756, 51.2)),
-    (r"H100|H800", (989.4, 989.4, 66.9)),
-    (r"H20", (148, 148, 44)),
-    (r"A100|A800", (312, 312, 19.5)),
-    (r"L40S", (362.05, 362.05, 91.6)),
-    (r"L40", (181.05, 181.05, 90.5)),
-    (r"L4", (121, 121, 30.3)),
-    (r"RTX 6000 Ada", (364.2, 364.2, 91.1)),
-    (r"A6000", (154.8, 154.8, 38.7)),
-    (r"A40", (149.7, 149.7, 37.4)),
-    (r"A30", (165, 165, 10.3)),
-    (r"A10", (125, 125, 31.2)),
-    (r"RTX 5090", (209.5, 209.5, 104.8)),
-    (r"RTX 4090", (165.2, 165.2, 82.6)),
-    (r"RTX 3090", (71, 71, 35.6)),
-    (r"V100.*PCIE", (None, 112, 14)),
-    (r"V100", (None, 125, 15.7)),
-    (r"T4", (None, 65, 8.1)),
-)
-_COLUMN = {"bf16": 0, "fp16": 1, "fp32": 2}
-
-
 def peak_flops(device: str, precision: str) -> Peak | None:
     """The peak of one device in `precision` (fp32, bf16, fp16); None where it is not known.
 
@@ -90,13 +59,9 @@ def peak_flops(device: str, precision: str) -> Peak | None:
     """
     if device == "cpu":
         return _measure_cpu(precision)
-    if "Laptop" in device:  # the desktop part's name, not its speed
-        return None
-    for pattern, peaks in _DATA_SHEETS:
-        if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", device):
-            teraflops = peaks[_COLUMN[precision]]
-            return Peak(teraflops * 1e12, f"data sheet: {device}, {precision}, dense") if teraflops else None
-    return None
+    found = device_of(device)
+    peak = found.peak(precision) if found else None
+    return Peak(peak, f"data sheet: {device}, {precision}, dense") if peak else None
 
 
 def _measure_cpu(precision: str) -> Peak:

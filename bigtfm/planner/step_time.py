@@ -1,0 +1,228 @@
+"""How long a step takes: its work by kind, and how fast each kind of work is done (a roofline).
+
+    time = products / their rate + attention / its rate + other traffic / memory's rate + operations x latency
+           + update + communication
+
+The rates are measured (`Rates.read`, a calibration that `bigtfm plan --calibrate` writes) or, where no
+such hardware is at hand, a data sheet's times efficiencies that are named below. Williams et al. 2009,
+"Roofline: an insightful visual performance model".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bigtfm.config.problems import ConfigProblem
+from bigtfm.planner.activations import loss_bytes, segments
+from bigtfm.planner.communication import CommunicationPlan, plan_communication
+from bigtfm.planner.hardware import Device
+from bigtfm.planner.parameters import MOMENTS, block_matrices, cross_matrices
+from bigtfm.planner.setting import Setting
+
+# Of a data sheet's peaks, what large operations reach; assumed. On one H200 a product of 8192 x 8192 x 8192
+# in bf16 ran at 770 to 798 of 989 TFLOP/s, and a copy at 4.3 of 4.8 TB/s.
+EFFICIENCY = {"products": 0.7, "attention": 0.45, "memory": 0.85, "link": 0.75, "host_link": 0.5}
+LAUNCH_SECONDS = 5e-6  # of an operation on a GPU; assumed
+CALL_SECONDS = 30e-6  # of a collective; assumed
+HOST_BANDWIDTH = 64e9  # bytes a second between a GPU and its host, PCIe 4 x16, both directions; assumed
+HOST_UPDATE = 100e9  # bytes a second of an optimizer on the host's memory; assumed
+
+
+@dataclass(frozen=True)
+class Work:
+    """A rank's work in an optimizer step, by kind."""
+
+    products: float  # FLOPs of matrix products, with what is recomputed
+    attention: float  # FLOPs of attention scores and their use
+    traffic: float  # bytes that all other operations read and write
+    operations: float  # number of operations
+    update: float  # bytes that the optimizer reads and writes
+    tensors: float  # that the optimizer updates, one after the other
+    sent: float  # bytes
+    between_nodes: float  # bytes through a GPU's network card
+    calls: float  # of collectives
+    moved: float  # bytes between GPU and host, by offload
+    steps: float  # 1: what a step takes besides: its data, its row in the log
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds for a unit of each kind of work."""
+
+    products: float
+    attention: float
+    traffic: float
+    operations: float
+    update: float
+    tensors: float
+    sent: float
+    between_nodes: float
+    calls: float
+    moved: float
+    steps: float
+    source: str
+    measured: bool
+
+    @classmethod
+    def read(cls, path: Path) -> Rates:
+        """A calibration.
+
+        Raises:
+            ConfigProblem: the file holds none.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigProblem(
+                f"holds no calibration: {error}",
+                where=str(path),
+                fix="write one with bigtfm plan --calibrate",
+            ) from None
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Seconds of an optimizer step."""
+
+    seconds: float
+    split: dict[str, float]  # products, attention, memory, launches, update, communication, offload, other
+    tokens_per_second: float
+    communication: CommunicationPlan
+    source: str
+    measured: bool
+
+
+def plan_step(setting: Setting, rates: Rates, gpus_per_node: int = 8) -> StepPlan:
+    """What a step takes at these rates."""
+    work = work_of(setting, gpus_per_node)
+    communication = plan_communication(setting, gpus_per_node)
+    on_host = setting.offload("optimizer") != "none" and not setting.on_cpu
+    split = {
+        "products": work.products * rates.products,
+        "attention": work.attention * rates.attention,
+        "memory": work.traffic * rates.traffic,
+        "launches": work.operations * rates.operations,
+        "update": work.update * (1 / HOST_UPDATE if on_host else rates.update) + work.tensors * rates.tensors,
+        # Both links are at work at a time.
+        "communication": max(work.sent * rates.sent, work.between_nodes * rates.between_nodes)
+        + work.calls * rates.calls,
+        "offload": work.moved * rates.moved,
+        "other": work.steps * rates.steps,
+    }
+    overlaps = setting.zero.get("overlap_comm", setting.stage == 3) and not setting.on_cpu
+    if overlaps:  # behind computation, as far as that reaches
+        hidden = 0.8 * (split["products"] + split["attention"] + split["memory"])
+        split["communication"] = max(split["communication"] - hidden, 0.1 * split["communication"])
+    seconds = sum(split.values())
+    return StepPlan(
+        seconds, split, setting.tokens_per_step / seconds, communication, rates.source, rates.measured
+    )
+
+
+def work_of(setting: Setting, gpus_per_node: int = 8) -> Work:
+    """A rank's work in one optimizer step."""
+    batch, size = setting.batch, setting.value_bytes
+    parts = segments(setting.shapes, batch)
+    forward, again = _products(setting), 0.0
+    attention, attention_again = _attention(setting), 0.0
+    blocks = [part for part in parts if "block" in part.name]
+    full = [part for part in blocks if part.recompute == "full"]
+    if full:
+        share = len(full) / len(blocks)
+        again, attention_again = share * forward[0], share * attention
+    elements = sum(part.whole for part in parts)
+    recomputed = sum(part.whole for part in parts if part.recompute != "none")
+    logits = loss_bytes(setting.shapes, batch)[0]
+    # Written and read in the forward; read, and a gradient written and read, in the backward.
+    traffic = 5 * elements + 2 * recomputed + 8 * logits
+    operations = sum(len(part.ops) * (4 if part.recompute != "none" else 3) for part in parts) * 3
+    micro = setting.accumulation
+    updated = _updated(setting)
+    offloaded = setting.offload("optimizer") != "none" and not setting.on_cpu
+    communication = plan_communication(setting, gpus_per_node)
+    count = sum(parameter.numel for parameter in setting.parameters)
+    moved = 0.0
+    if offloaded:
+        moved += 2 * size * updated
+    if setting.offload("param") != "none" and not setting.on_cpu:
+        moved += 2 * micro * size * count / setting.world_size
+    return Work(
+        products=micro * (3 * sum(forward) + again),
+        attention=micro * (3.5 * attention + attention_again),
+        traffic=micro * traffic + 3 * size * count * micro,  # weights read twice, a gradient written
+        operations=micro * operations,
+        update=updated * (16 + 8 * MOMENTS.get(setting.optimizer, 2) + 2 * size),
+        tensors=len(setting.parameters) * (micro if setting.stage else 1),
+        sent=communication.sent,
+        between_nodes=communication.between_nodes(gpus_per_node),
+        calls=communication.calls,
+        moved=moved,
+        steps=1,
+    )
+
+
+def _updated(setting: Setting) -> float:
+    count = sum(parameter.numel for parameter in setting.parameters)
+    return count / (setting.world_size if setting.stage else 1)
+
+
+def _products(setting: Setting) -> tuple[float, float]:
+    """FLOPs of a forward pass of one micro batch, on one rank: in the blocks, in the head."""
+    model, batch = setting.model, setting.batch
+    block = sum(matrix.in_ * matrix.out for matrix in block_matrices(model))
+    rows = batch.labelled * model.hidden_size * model.padded_vocab_size(setting.vocab_size)
+    if model.family == "bert":
+        rows += batch.labelled * model.hidden_size**2
+    if model.family != "encoder_decoder":
+        return 2.0 * model.num_layers * block * batch.tokens, 2.0 * rows
+    queries, keys_values, out = (matrix.in_ * matrix.out for matrix in cross_matrices(model))
+    decoder = (block + queries + out) * batch.tokens + keys_values * batch.read
+    blocks = model.num_layers * block * batch.read + model.decoder_layers * decoder
+    return 2.0 * blocks, 2.0 * rows
+
+
+def _attention(setting: Setting) -> float:
+    """FLOPs of a forward pass' scores and their use, of one micro batch; causal kernels do half of them."""
+    model, batch = setting.model, setting.batch
+    width, length = model.num_attention_heads * model.head_size, setting.seq_len
+    reach = min(length, 2 * model.window) if model.window else length
+
+    def pairs(queries: float, keys: float, causal: bool) -> float:
+        return 4.0 * width * queries * keys * (0.5 if causal else 1.0)
+
+    if model.family == "gpt":
+        return model.num_layers * pairs(batch.tokens, reach, True)
+    if model.family == "bert":
+        return model.num_layers * pairs(batch.tokens, reach, False)
+    text = setting.micro_batch * length
+    read, written = length * batch.read / text, length * batch.tokens / text
+    crossed = pairs(batch.tokens, read, False) + pairs(batch.tokens, written, True)
+    return model.num_layers * pairs(batch.read, read, False) + model.decoder_layers * crossed
+
+
+def table_rates(device: Device, precision: str) -> Rates | None:
+    """A data sheet's rates times EFFICIENCY; None: the device has no such unit."""
+    peak = device.peak(precision)
+    if peak is None:
+        return None
+    memory = 1 / (EFFICIENCY["memory"] * device.bandwidth)
+    return Rates(
+        products=1 / (EFFICIENCY["products"] * peak),
+        attention=1 / (EFFICIENCY["attention"] * peak),
+        traffic=memory,
+        operations=LAUNCH_SECONDS,
+        update=memory,
+        tensors=0.0,
+        sent=1 / (EFFICIENCY["link"] * device.link),
+        between_nodes=1 / (EFFICIENCY["link"] * device.network),
+        calls=CALL_SECONDS,
+        moved=1 / (EFFICIENCY["host_link"] * HOST_BANDWIDTH),
+        steps=0.0,
+        source=f"estimated: {device.source}, with assumed efficiencies",
+        measured=False,
+    )
