@@ -549,16 +549,18 @@ def plan(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="Measure the rates of this machine into this file (minutes), then plan with them."),
+        typer.Option(
+            help="File to measure this machine's rates into, in minutes, and to plan with. Default: none."
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="PNG of a rank's memory at every ZeRO stage. Default: none.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
 ) -> None:
-    """Say whether a job fits, how fast it will be and what it will cost, without running it.
+    """Say whether a job fits, how fast it is, what it costs.
 
-    Needs no GPU, and no data set where model.vocab_size is stated. The exit code is 1 if it does not fit (of
+    It runs nothing, needs no GPU, and no data set where model.vocab_size is stated. The exit code is 1 if it does not fit (of
     a search: if nothing does), else 0.
     """
     from bigtfm.plan import show

@@ -178,7 +178,8 @@ def show(
         if confirm and fits:
             from bigtfm.bench.confirm import confirmed
 
-            candidates = confirmed(candidates, confirm, config, deepspeed_json, overrides)
+            data = load_run_config(config, overrides).data.paths[0]
+            candidates = confirmed(candidates, confirm, config, deepspeed_json, overrides, data)
         if not as_json:
             console.print(render_candidates(candidates, stated))
         said["found"] = [found_dict(candidate) for candidate in candidates[:BEST] if candidate.fits]
@@ -209,6 +210,7 @@ def found_dict(candidate: Candidate) -> dict[str, Any]:
         "label": candidate.label, "zero_stage": s.stage, "micro_batch": s.micro_batch,
         "accumulation": s.accumulation, "recompute": s.recompute, "zero_optimization": dict(s.zero),
         "step_seconds": candidate.step.seconds, "tokens_per_second": candidate.step.tokens_per_second,
+        "measured": candidate.measured,
         "memory": asdict(candidate.memory),
     }  # fmt: skip
 
@@ -306,7 +308,8 @@ def _cpu_rates(precision: str, ranks: int) -> Rates:
     product = ranks / peak.flops
     return Rates(
         products=product / 0.8, attention=product / 0.3, traffic=ranks * traffic, operations=20e-6,
-        update=ranks * traffic, tensors=30e-6, sent=ranks * 4 * traffic, between_nodes=0.0, calls=1e-3, moved=0.0, steps=1e-3,
+        update=ranks * traffic, tensors=30e-6, sent=ranks * 4 * traffic, between_nodes=0.0, calls=1e-3,
+        moved=0.0, steps=1e-3,
         source=f"{peak.source}, and a copy; all else is assumed", measured=False,
     )  # fmt: skip
 
@@ -432,15 +435,24 @@ def render_candidates(candidates: Sequence[Candidate], stated: Planned) -> Table
     table = Table(
         title=f"{fitting} of {len(candidates)} configurations fit; the fastest", title_justify="left"
     )
-    for name in ("configuration", "tokens/s", "of the stated one's", "memory of a rank", "most in the"):
-        table.add_column(name, justify="left" if name in ("configuration", "most in the") else "right")
+    tried = any(candidate.measured for candidate in candidates)
+    names = (
+        "configuration",
+        "tokens/s",
+        *(["measured"] if tried else []),
+        "of the stated",
+        "a rank's memory",
+    )
+    for name in names:
+        table.add_column(name, justify="left" if name == "configuration" else "right")
     for candidate in [each for each in candidates if each.fits][:BEST]:
+        measured = f"{candidate.measured:,.0f}" if candidate.measured else "not tried"
         table.add_row(
             candidate.label,
             f"{candidate.step.tokens_per_second:,.0f}",
+            *([measured] if tried else []),
             f"{candidate.step.tokens_per_second / stated.step.tokens_per_second:.2f}",
             size_text(candidate.memory.peak),
-            candidate.memory.moment.split(" of ")[0],
         )
     return table
 
@@ -467,9 +479,10 @@ def draw(plan: Planned, path: Path) -> None:
         axes.axhline(plan.target.budget / GIB, color="black", linestyle="--", label="may take")
     s = plan.setting
     axes.set_ylabel("GiB of a rank")
+    axes.margins(y=0.08)
     axes.set_title(
         f"{sum(p.numel for p in s.parameters):,} parameters, {s.precision}, micro batch {s.micro_batch} x "
-        f"{s.seq_len}, recompute {s.recompute}, {plan.target.ranks} x {plan.target.gpu}; stated: ZeRO {s.stage}",
+        f"{s.seq_len}, recompute {s.recompute}, {plan.target.ranks} x {plan.target.gpu}; now ZeRO {s.stage}",
         fontsize=9,
     )
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -76,7 +76,7 @@ def sweep(ranks: int, precision: str) -> Iterator[tuple[str, Cell]]:
         yield "calibration", each
 
 
-def setting_of_job(job: Job, device: str = "cpu") -> Setting:
+def setting_of_job(job: Job, device: str = "cpu", runs: int = 2) -> Setting:
     """What the planner has to know of a checked job on this machine."""
     return setting_of(
         job.run,
@@ -85,6 +85,7 @@ def setting_of_job(job: Job, device: str = "cpu") -> Setting:
         world_size=job.resolved.world_size,
         device=device,
         attention=job.attention.name,
+        runs=runs,
     )
 
 

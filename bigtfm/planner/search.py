@@ -32,6 +32,7 @@ class Candidate:
     memory: MemoryPlan
     step: StepPlan
     fits: bool
+    measured: float | None = None  # tokens a second, in a trial
 
     @property
     def label(self) -> str:

@@ -5,22 +5,12 @@ import sys
 import time
 
 import pytest
+from gpt2 import GPT2
 
 from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.planner.parameters import count_parameters
 from bigtfm.planner.throughput import flops_per_token, peak_flops
 
-GPT2 = ModelSection(
-    hidden_size=768,
-    num_layers=12,
-    num_attention_heads=12,
-    max_seq_len=1024,
-    positions="learned",
-    norm="layernorm",
-    activation="gelu",
-    bias=True,
-    vocab_multiple=1,
-)
 LLAMA_8B = ModelSection(
     hidden_size=4096,
     num_layers=32,
