@@ -560,8 +560,8 @@ def plan(
 ) -> None:
     """Say whether a job fits, how fast it is, what it costs.
 
-    It runs nothing, needs no GPU, and no data set where model.vocab_size is stated. The exit code is 1 if it does not fit (of
-    a search: if nothing does), else 0.
+    It runs nothing, and needs no GPU and, where model.vocab_size is stated, no data set. The exit code is 1
+    if it does not fit (of a search: if nothing does), else 0.
     """
     from bigtfm.plan import show
 

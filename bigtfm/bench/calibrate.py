@@ -18,7 +18,7 @@ from bigtfm.job import Job, check_job
 from bigtfm.planner.setting import Setting, setting_of
 from bigtfm.planner.step_time import Rates, Work, work_of
 
-MEASURE = Measure(warm_up=3, steps=8, timeout_seconds=120)
+MEASURE = Measure(warm_up=3, steps=8, memory=False, timeout_seconds=300)
 # Which kinds of work a part of the step is made of.
 PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("forward", "backward"): ("products", "attention", "traffic", "operations"),

@@ -14,7 +14,7 @@ from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.planner.search import Candidate, deepspeed_values
 
-MEASURE = Measure(warm_up=3, steps=8)
+MEASURE = Measure(warm_up=3, steps=8, memory=False)
 
 
 def confirmed(
