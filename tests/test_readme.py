@@ -51,8 +51,8 @@ RUN = {
     "bigtfm bench --out runs/quick --against runs/quick --mlflow ''": AS_IT_STANDS,
     "bigtfm plan --deepspeed_config ds_configs/zero1_bf16.json --config configs/gpt_1.3b.toml --gpus 8 --gpu "
     "h100-80g data.path=none model.vocab_size=50257": AS_IT_STANDS,
-    "bigtfm plan --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml --gpus 2 --gpu "
-    "cpu --search --write found.json": AS_IT_STANDS,
+    "bigtfm plan --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml --gpus 2 "
+    "--gpu cpu --search --write found.json": AS_IT_STANDS,
     "bigtfm doctor": "{} || test $? = 1",  # whatever is wrong with this machine
     "bigtfm doctor --run runs/mine": AS_IT_STANDS,
     "bigtfm export runs/mine best.safetensors --best --dtype bf16": AS_IT_STANDS,
