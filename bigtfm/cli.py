@@ -505,6 +505,13 @@ def bench(
     against: Annotated[
         Path | None, typer.Option(help="Folder of earlier results to compare with. Default: none.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rates that `bigtfm plan --calibrate` has measured: the planned step is shown beside the "
+            "measured one. Default: of a GPU its data sheet's."
+        ),
+    ] = None,
     mlflow: Annotated[
         str, typer.Option(help="Tracking URI of the MLflow that the report goes to; '': to none.")
     ] = "sqlite:///mlflow.db",
@@ -519,7 +526,9 @@ def bench(
     from bigtfm.bench.command import bench as run
 
     matrices = [*(matrix or []), *(more or [])]
-    worse = run(matrices, out, runs=runs, against=against, mlflow=mlflow, as_json=as_json)
+    worse = run(
+        matrices, out, runs=runs, against=against, calibration=calibration, mlflow=mlflow, as_json=as_json
+    )
     raise typer.Exit(1 if worse else 0)
 
 

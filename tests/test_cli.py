@@ -104,6 +104,7 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--out": "runs/bench",
         "--runs": None,
         "--against": None,
+        "--calibration": None,
         "--mlflow": "sqlite:///mlflow.db",
         "--json": False,
     },

@@ -15,6 +15,7 @@ from bigtfm.bench.report import Report, Table, make_report
 from bigtfm.bench.results import RESULTS, Row, read_rows, rewrite
 from bigtfm.bench.runner import run_matrix
 from bigtfm.bench.runs import RUNS, rows_of_runs
+from bigtfm.planner.step_time import Rates
 from bigtfm.tracking import MetricsLog
 
 EXPERIMENT = "bigtfm-bench"
@@ -27,18 +28,22 @@ def bench(
     *,
     runs: Path | None = None,
     against: Path | None = None,
+    calibration: Path | None = None,
     mlflow: str = "",
     as_json: bool = False,
 ) -> bool:
     """Measures, reports, and says whether something is worse than in `against`.
+
+    calibration: a file of rates, for the step that the planner expects of each cell.
 
     Raises:
         ConfigProblem: a matrix is wrong, or there is nothing to report.
         StorageProblem: `out` can't be written or read.
     """
     terminal = Console(stderr=as_json, soft_wrap=True)
+    rates = Rates.read(calibration) if calibration is not None else None
     for matrix in [load_matrix(path) for path in matrices]:
-        for row in run_matrix(matrix, out):
+        for row in run_matrix(matrix, out, rates=rates):
             print(json.dumps(row), flush=True) if as_json else terminal.print(line_of(row), highlight=False)
     if runs is not None:
         measured = [row for row in read_rows(out / RESULTS) if row["grid"] != RUNS]

@@ -22,14 +22,14 @@ from statistics import median
 from typing import Protocol
 
 from bigtfm.bench.cell import MEASURED, SPLIT_STEPS, Trial
+from bigtfm.bench.expectation import Expectation
 from bigtfm.bench.matrix import Cell, Matrix
 from bigtfm.bench.results import RESULTS, Row, Spread, append, read_rows
 from bigtfm.config.problems import ConfigProblem, Problem
 from bigtfm.environment import environment
 from bigtfm.job import Job, check_job
 from bigtfm.mlflow_sender import read_json
-from bigtfm.planner.memory import CATEGORIES, plan_memory
-from bigtfm.planner.setting import setting_of
+from bigtfm.planner.step_time import Rates
 from bigtfm.planner.throughput import flops_per_token, peak_flops
 from bigtfm.resilience.claim import claim
 from bigtfm.resilience.outcome import FAILURE
@@ -81,12 +81,14 @@ def run_matrix(
     out: Path,
     *,
     start: Start = start_rank,
+    rates: Rates | None = None,
     seconds: float | None = None,
     only: Callable[[str], bool] = lambda _: True,
 ) -> Iterator[Row]:
     """Runs what is not in `out` yet, and yields each row once it is there.
 
-    start: starts a rank. seconds: no cell is begun that could last longer than what is left of them.
+    start: starts a rank. rates: this machine's, for the step that the planner expects; None: of a GPU its
+    data sheet's. seconds: no cell is begun that could last longer than what is left of them.
     only: of a grid's name, whether its cells are run.
 
     Raises:
@@ -94,6 +96,8 @@ def run_matrix(
         StorageProblem: `out` can't be written.
     """
     began, here = time.monotonic(), environment_row()
+    gpus = here["hardware"]["gpus"]
+    expectation = Expectation(gpus.split(", ")[0] if gpus else "cpu", rates)
     cells = [(key, grid, cell) for key, grid, cell in matrix.keys() if only(grid)]
     with claim(out):
         there = {(row["key"], row["repeat"]) for row in read_rows(out / RESULTS)}
@@ -105,7 +109,7 @@ def run_matrix(
                 if (key, repeat) in there or late:
                     continue
                 row: Row = {"key": key, "repeat": repeat, "matrix": matrix.name, "grid": grid}
-                row |= _row_of(cell, matrix, data, out / "cells" / key, start, here["hardware"]["gpus"])
+                row |= _row_of(cell, matrix, data, out / "cells" / key, start, expectation)
                 row |= {"time": round(time.time(), 3), **here}
                 append(out / RESULTS, row)
                 yield row
@@ -152,7 +156,9 @@ def _prepared(data: str, out: Path) -> Path:
     return (out / "data").resolve()
 
 
-def _row_of(cell: Cell, matrix: Matrix, data: Path, folder: Path, start: Start, gpus: str | None) -> Row:
+def _row_of(
+    cell: Cell, matrix: Matrix, data: Path, folder: Path, start: Start, expectation: Expectation
+) -> Row:
     """One trial: its configuration, what was expected of it, and what came of it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -168,26 +174,12 @@ def _row_of(cell: Cell, matrix: Matrix, data: Path, folder: Path, start: Start, 
         "parameters": job.resolved.parameters,
         "tokens_per_step": job.resolved.tokens_per_step,
         "flops_per_token": flops,
-        "predicted": _planned(job, gpus),
+        "predicted": expectation.of(job),
     }
     row |= _trained(trial, cell, matrix.measure.timeout_seconds, start)
     if row["status"] == "ok":
         row |= _speed(row)
     return row | {"cell_seconds": round(time.monotonic() - began, 3)}
-
-
-def _planned(job: Job, gpus: str | None) -> Row:
-    """What the planner expects of a cell."""
-    try:
-        attention = job.attention.name
-    except ConfigProblem:  # it will be refused
-        return {}
-    setting = setting_of(
-        job.run, job.deepspeed, vocab_size=job.resolved.vocab_size, world_size=job.resolved.world_size,
-        device=gpus.split(", ")[0] if gpus else "cpu", attention=attention,
-    )  # fmt: skip
-    plan = plan_memory(setting)
-    return {"memory": {name: getattr(plan, name) for name in (*CATEGORIES, "peak")}}
 
 
 def _checked(cell: Cell, matrix: Matrix, data: Path, folder: Path) -> tuple[Job, Trial]:

@@ -1,0 +1,41 @@
+"""What the planner expects of a cell, to stand beside what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bigtfm.bench.results import Row
+from bigtfm.config.problems import ConfigProblem
+from bigtfm.job import Job
+from bigtfm.planner.hardware import device_of
+from bigtfm.planner.memory import CATEGORIES, plan_memory
+from bigtfm.planner.setting import setting_of
+from bigtfm.planner.step_time import Rates, plan_step, table_rates
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """device: "cpu", or a GPU's name. rates: measured on it; None: a GPU's data sheet, and none for a CPU."""
+
+    device: str
+    rates: Rates | None = None
+
+    def of(self, job: Job) -> Row:
+        """Bytes of a rank by category and at the peak; where there are rates, seconds of a step."""
+        try:
+            attention = job.attention.name
+        except ConfigProblem:  # it will be refused
+            return {}
+        setting = setting_of(
+            job.run,
+            job.deepspeed,
+            vocab_size=job.resolved.vocab_size,
+            world_size=job.resolved.world_size,
+            device=self.device,
+            attention=attention,
+        )
+        memory, gpu, rates = plan_memory(setting), device_of(self.device), self.rates
+        if rates is None and gpu is not None:
+            rates = table_rates(gpu, setting.precision)
+        found: Row = {"memory": {name: getattr(memory, name) for name in (*CATEGORIES, "peak")}}
+        return found | ({"step_seconds": plan_step(setting, rates).seconds} if rates is not None else {})
