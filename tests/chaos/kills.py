@@ -161,7 +161,7 @@ def _of_the_telling(done: Attempt, planned: Plan) -> list[str]:
     """Who is left says in one line what has happened; nothing else is an explanation."""
     wrong = ["a traceback"] if "Traceback" in done.output else []
     most = 1 if done.met else RANKS  # each for itself, where they had not met
-    unneeded = planned.victim == "data worker" and not any(done.codes)  # all its batches were there already
+    unneeded = not any(done.codes)  # it was leaving already, or a worker whose batches were all there
     # Before it has met the others a rank may be importing still, and SIGTERM ends it without a word.
     least = 0 if unneeded or not done.met or planned.victim in ("all", "launcher") else 1
     if not least <= len(done.lines) <= most:
