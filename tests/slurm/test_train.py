@@ -33,7 +33,8 @@ def alone(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory, tiny_data: P
     """The run directory of the same training on one machine, without Slurm and never interrupted."""
     site = Site.lay_out(slurm, tmp_path_factory.mktemp("alone"), tiny_data)
     files = ["--config", "run.toml", "--deepspeed_config", "ds.json"]
-    done = rank_runner.run(["train", *files, *site.overrides("run.name=alone")], site.folder, world_size=4)
+    command = ["train", *files, *site.overrides("run.name=alone")]
+    done = rank_runner.finish(rank_runner.start(command, site.folder, 4), site.folder, timeout=120 + STEPS)
     assert done.codes == [0] * 4, done.output
     return site.run_dir("alone")
 
@@ -78,10 +79,13 @@ def test_a_run_outlives_all_that_happens_to_its_job(site: Site, alone: Path) -> 
     def rank_killed() -> None:
         os.kill(trainers(slurm, "n2")[0], signal.SIGKILL)
 
+    names = cycle(("n1", "n2"))  # that of rank 0 and the batch script, and the other one
+
     def node_lost() -> None:
-        slurm.kill_node("n2")
-        slurm.scontrol("update", "NodeName=n2", "State=DOWN", "Reason=power")
-        slurm.start_node("n2")
+        name = next(names)
+        slurm.kill_node(name)
+        slurm.scontrol("update", f"NodeName={name}", "State=DOWN", "Reason=power")
+        slurm.start_node(name)
 
     codes = {warned: (75,), preempted: (75,), requeued: (75,), rank_killed: (79,), node_lost: (None, 75, 79)}
     order = list(islice(cycle(codes), EVENTS))
