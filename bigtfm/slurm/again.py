@@ -65,6 +65,8 @@ def decide(now: Ended, before: Sequence[Ended], retries: int) -> Decision:
         return Decision(
             False, f"{FINAL[now.code]} (exit code {now.code}): another start would end the same way"
         )
+    if not retries:
+        return Decision(False, f"exit code {now.code}, and it is to be started once only")
     stuck = 1
     for earlier in reversed(before):
         if earlier.saved != now.saved:

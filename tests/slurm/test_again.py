@@ -44,7 +44,11 @@ def test_four_starts_without_a_newer_checkpoint_are_the_end() -> None:
     assert not found.again
     assert found.why == "4 starts have ended with no checkpoint: started again 3 times, not more"
     assert decide(end(saved=50), [end()] * 9, 3).again
-    assert not decide(end(), [], 0).again
+
+
+def test_once_is_once() -> None:
+    assert decide(end(), [], 0) == Decision(False, "exit code 79, and it is to be started once only")
+    assert not decide(end(75, saved=50), [end(75)], 0).again
 
 
 def test_a_node_is_excluded_that_two_failures_running_are_about() -> None:
