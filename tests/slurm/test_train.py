@@ -87,8 +87,8 @@ def test_a_run_outlives_all_that_happens_to_its_job(site: Site, alone: Path) -> 
         slurm.scontrol("update", f"NodeName={name}", "State=DOWN", "Reason=power")
         slurm.start_node(name)
 
-    # The first start comes to have an MLflow run, which the later ones are to go on with. Its sender imports mlflow
-    # for longer than some of these steps last: one rank holds the others up.
+    # The first start comes to have an MLflow run, which the later ones are to go on with. Its sender imports
+    # mlflow for longer than some of these steps last: one rank holds the others up.
     site.wait_for_step("long", 2)
     held = trainers(slurm, "n2")[0]
     os.kill(held, signal.SIGSTOP)
