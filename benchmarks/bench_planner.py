@@ -31,7 +31,7 @@ from bigtfm.bench.matrix import Cell, Matrix
 from bigtfm.bench.results import RESULTS, read_rows, together
 from bigtfm.bench.runner import environment_row, run_matrix
 from bigtfm.job import check_job
-from bigtfm.plan import FRAGMENTATION, runs_of
+from bigtfm.plan.job import FRAGMENTATION, runs_of
 from bigtfm.planner.memory import plan_memory
 from bigtfm.planner.step_time import plan_step
 
@@ -124,7 +124,7 @@ def data_sets(folder: Path) -> dict[str, Path]:
     from bigtfm.data.prepare import prepare
 
     corpus = Path(__file__).parent.parent / "bigtfm/data/corpus/state_of_the_union.jsonl"
-    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()][:12]
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()][:4]
     found = {}
     for name, size in (("long", 10**7), ("short", 300)):
         text, out = folder / f"{name}.txt", folder / name

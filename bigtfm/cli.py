@@ -572,7 +572,7 @@ def plan(
     It runs nothing, and needs no GPU and, where model.vocab_size is stated, no data set. The exit code is 1
     if it does not fit (of a search: if nothing does), else 0.
     """
-    from bigtfm.plan import show
+    from bigtfm.plan.command import show
 
     fits = show(
         config,

@@ -8,7 +8,7 @@ update; its largest moment is the peak.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bigtfm.planner.activations import Segment, loss_bytes, segments
 from bigtfm.planner.parameters import MOMENTS, Parameter
@@ -78,7 +78,6 @@ class _Lasting:
     largest: int = 0  # elements of the largest tensor that the optimizer updates
     owned: int = 0  # elements of the parameters that a rank updates a part of
     persistent: int = 0  # stage 3: bytes of the small weights that stay gathered
-    groups: list[list[Parameter]] = field(default_factory=list)
 
 
 def _groups(setting: Setting) -> list[list[Parameter]]:
@@ -99,7 +98,7 @@ def _lasting(setting: Setting) -> _Lasting:
     groups = _groups(setting)
     total = sum(p.numel for p in setting.parameters)
     moments = 4 * MOMENTS.get(setting.optimizer, 2)
-    state = _Lasting(groups=groups)
+    state = _Lasting()
     if stage == 0:
         state.weights, state.partition = size * total, total
         state.largest = max(p.numel for p in setting.parameters)
@@ -197,6 +196,7 @@ class _Step:
         self.moment, self.at_peak = "", dict(self.live)
         self.in_bucket = self.gathered = 0  # elements
         self.in_flight = 0  # bytes
+        self.partition_kept = False
         self.accumulated = setting.accumulation > 1
         self.tied_gradient = 0
 
@@ -353,13 +353,11 @@ class _Step:
     def _flush(self, flow: int) -> None:
         """Stages 1 to 3: the bucket is flattened into a copy, reduced, and a rank's part of it kept."""
         copy = self.in_bucket * self.size
-        if self.setting.stage == 2 and not self.first_kept:
+        if self.setting.stage == 2 and not self.partition_kept:
             self.live["gradients"] += self._partition_gradients
-            self.first_kept = True
+            self.partition_kept = True
         self._look("reduction of gradients", working=flow, buckets=copy)
         self.in_bucket = 0
-
-    first_kept = False
 
     def _reduce_the_rest(self) -> None:
         setting = self.setting
@@ -375,7 +373,7 @@ class _Step:
         elif setting.world_size > 1:  # engine.buffered_allreduce_fallback, MEMORY_OPT_ALLREDUCE_SIZE
             self._look("reduction of gradients", buckets=self.size * min(self.lasting.partition, 500_000_000))
         if setting.stage in (1, 2):
-            if setting.stage == 2 and self.accumulated and self.first_kept:
+            if setting.stage == 2 and self.accumulated and self.partition_kept:
                 self.live["gradients"] = self._partition_gradients
             self.live["buckets"] = 0
         if setting.stage == 3:

@@ -45,7 +45,7 @@ class Candidate:
         return ", ".join([f"ZeRO {s.stage}", batch, *recompute, *offload])
 
 
-def search(
+def search_for(
     setting: Setting, rates: Rates, budget: int, gpus_per_node: int, *, compiled: bool = False
 ) -> list[Candidate]:
     """All candidates, those that fit into `budget` bytes a rank first, the fastest of them first.

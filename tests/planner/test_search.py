@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from gpt2 import ON_H100
 
 from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.planner.hardware import device_of
-from bigtfm.planner.search import Candidate, deepspeed_values, search
+from bigtfm.planner.search import Candidate, deepspeed_values, search_for
 from bigtfm.planner.step_time import Rates, table_rates
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,7 +27,7 @@ def rates() -> Rates:
 
 
 def found_within(gib: float, rates: Rates) -> list[Candidate]:
-    return search(replace(ON_H100, micro_batch=16, accumulation=2), rates, int(gib * 2**30), 8)
+    return search_for(replace(ON_H100, micro_batch=16, accumulation=2), rates, int(gib * 2**30), 8)
 
 
 def test_the_global_batch_and_the_model_stay(rates: Rates) -> None:
@@ -62,8 +63,6 @@ def test_it_writes_a_valid_json_of_the_same_recipe(tmp_path: Path, rates: Rates)
     for name, value in stated.values.items():
         if name not in ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization"):
             assert values[name] == value
-    import json
-
     path = tmp_path / "found.json"
     path.write_text(json.dumps(values))
     written = load_deepspeed_json(path)
@@ -72,7 +71,7 @@ def test_it_writes_a_valid_json_of_the_same_recipe(tmp_path: Path, rates: Rates)
 
 
 def test_a_cpu_is_offered_no_offload(rates: Rates) -> None:
-    candidates = search(replace(ON_H100, device="cpu", precision="fp32"), rates, 2**40, 8)
+    candidates = search_for(replace(ON_H100, device="cpu", precision="fp32"), rates, 2**40, 8)
     assert all(each.setting.offload("optimizer") == "none" for each in candidates)
-    stages = {each.setting.stage for each in search(replace(ON_H100, optimizer="Lamb"), rates, 2**40, 8)}
+    stages = {each.setting.stage for each in search_for(replace(ON_H100, optimizer="Lamb"), rates, 2**40, 8)}
     assert stages == {0}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.plan import plan, show, target_of
+from bigtfm.plan.command import show
+from bigtfm.plan.job import plan, target_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPT2 = [ROOT / "configs/gpt_124m.toml", ROOT / "ds_configs/zero1_bf16.json"]
 NO_DATA = ["data.path=nowhere", "model.vocab_size=50257"]
 PLACE = {"gpus": 8, "gpu": "h100-80g", "gpus_per_node": 8}
@@ -81,7 +83,7 @@ def test_on_a_cpu_the_rates_are_measured(tiny_data: Path) -> None:
 def test_mistakes(changes: dict, said: str) -> None:
     with pytest.raises(ConfigProblem) as caught:
         show(*GPT2, NO_DATA, **PLACE | changes)
-    assert __import__("re").search(said, caught.value.line), caught.value.line
+    assert re.search(said, caught.value.line), caught.value.line
 
 
 def test_the_vocabulary_is_needed() -> None:

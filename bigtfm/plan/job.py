@@ -1,13 +1,12 @@
-"""`bigtfm plan`: whether a job fits, how long a step takes, what the run costs; nothing is run."""
+"""A job, planned: both files and a device become memory, time and cost; nothing is run."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, did_you_mean
@@ -16,19 +15,14 @@ from bigtfm.data.indexed import HEADER_NAME, TokenDataset
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.planner.hardware import GIB, NAMES, Device, device_of
-from bigtfm.planner.memory import CATEGORIES, MemoryPlan, plan_memory, size_text
-from bigtfm.planner.search import Candidate, deepspeed_values, search
+from bigtfm.planner.memory import MemoryPlan, plan_memory, size_text
 from bigtfm.planner.setting import Setting, setting_of
 from bigtfm.planner.step_time import Rates, StepPlan, plan_step, table_rates
 from bigtfm.planner.throughput import flops_per_token
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 CONTEXT = 3 * GIB // 2  # of a GPU: CUDA's context, the libraries' workspaces, NCCL's buffers; assumed
 PROCESS = GIB // 2  # of a CPU rank: the interpreter with torch and DeepSpeed
 FRAGMENTATION = 0.05  # what an allocator holds beyond what is asked of it; assumed
-BEST = 5  # candidates of a search that are shown
 
 
 @dataclass(frozen=True)
@@ -130,89 +124,6 @@ def plan(
         rates,
         deepspeed,
     )
-
-
-def show(
-    config: Path | None,
-    deepspeed_json: Path,
-    overrides: Sequence[str],
-    *,
-    gpus: int,
-    gpu: str,
-    gpus_per_node: int,
-    search: bool = False,
-    write: Path | None = None,
-    confirm: int = 0,
-    calibration: Path | None = None,
-    calibrate: Path | None = None,
-    picture: Path | None = None,
-    as_json: bool = False,
-) -> bool:
-    """The command: prints the plan, or what a search finds, and says whether it fits.
-
-    Raises:
-        ConfigProblem: as `plan`; or options don't go together.
-    """
-    from rich.console import Console
-
-    _options_fit(search, write, confirm, calibration, calibrate)
-    console = Console(stderr=as_json)
-    if calibrate is not None:
-        from bigtfm.bench.calibrate import calibrate as measure
-
-        calibration = measure(
-            calibrate, min(gpus, gpus_per_node), load_deepspeed_json(deepspeed_json).precision
-        )
-    stated, rates, deepspeed = plan(
-        config, deepspeed_json, overrides, gpus=gpus, gpu=gpu, gpus_per_node=gpus_per_node,
-        calibration=calibration,
-    )  # fmt: skip
-    if picture is not None:
-        draw(stated, picture)
-    said, fits = stated.to_dict(), stated.fits
-    if not as_json:
-        console.print(render(stated))
-    if search:
-        candidates = find(stated, rates)
-        fits = candidates[0].fits
-        if confirm and fits:
-            from bigtfm.bench.confirm import confirmed
-
-            data = load_run_config(config, overrides).data.paths[0]
-            candidates = confirmed(candidates, confirm, config, deepspeed_json, overrides, data)
-        if not as_json:
-            console.print(render_candidates(candidates, stated))
-        said["found"] = [found_dict(candidate) for candidate in candidates[:BEST] if candidate.fits]
-        if write is not None and fits:
-            write_json(deepspeed, candidates[0], write)
-            recompute = candidates[0].setting.recompute
-            console.print(f"wrote {write}; train with it and compute.recompute={recompute}", highlight=False)
-    if as_json:
-        print(json.dumps(said))
-    return fits
-
-
-def _options_fit(
-    search: bool, write: Path | None, confirm: int, calibration: Path | None, calibrate: Path | None
-) -> None:
-    if not search and (write is not None or confirm):
-        option = "--write" if write is not None else "--confirm"
-        raise ConfigProblem(f"{option} is for what a search finds", where="command line", fix="add --search")
-    if calibration is not None and calibrate is not None:
-        fix = "leave one of them out"
-        raise ConfigProblem("--calibration and --calibrate both say the rates", where="command line", fix=fix)
-
-
-def found_dict(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as JSON has it."""
-    s = candidate.setting
-    return {
-        "label": candidate.label, "zero_stage": s.stage, "micro_batch": s.micro_batch,
-        "accumulation": s.accumulation, "recompute": s.recompute, "zero_optimization": dict(s.zero),
-        "step_seconds": candidate.step.seconds, "tokens_per_second": candidate.step.tokens_per_second,
-        "measured": candidate.measured,
-        "memory": asdict(candidate.memory),
-    }  # fmt: skip
 
 
 def planned(
@@ -352,138 +263,3 @@ def _unknown(
     else:
         found.append("hours: without evaluations, checkpoints and interruptions")
     return found
-
-
-def find(start: Planned, rates: Rates, compiled: bool = False) -> list[Candidate]:
-    """The candidates for the same job, the best first."""
-    return search(start.setting, rates, start.target.budget, start.target.gpus_per_node, compiled=compiled)
-
-
-def write_json(deepspeed: DeepSpeedConfig, candidate: Candidate, path: Path) -> None:
-    """The user's DeepSpeed JSON with the candidate's choices.
-
-    Raises:
-        ConfigProblem: the file is there already, or what was found is no valid JSON for DeepSpeed.
-    """
-    if path.exists():
-        raise ConfigProblem("is there already", where=str(path), fix="name another file, or remove it")
-    path.write_text(json.dumps(deepspeed_values(deepspeed.values, candidate), indent=2) + "\n", "utf-8")
-    load_deepspeed_json(path)
-
-
-def render(plan: Planned) -> Table:
-    """For reading, as a table that rich can print."""
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in _rows(plan).items():
-        table.add_row(name, value)
-    return table
-
-
-def _rows(plan: Planned) -> dict[str, str]:
-    s, memory, step, target = plan.setting, plan.memory, plan.step, plan.target
-    offload = [f"{what} on {s.offload(what)}" for what in ("optimizer", "param") if s.offload(what) != "none"]
-    budget = size_text(target.budget)
-    verdict = f"fits into {budget}" if plan.fits else f"does NOT fit into {budget}"
-    rows = {
-        "job": f"{sum(p.numel for p in s.parameters):,} parameters, {s.precision}, "
-        + ", ".join([f"ZeRO {s.stage}", *offload, f"recompute {s.recompute}"]),
-        "batch": f"{s.global_batch:,} sequences of {s.seq_len:,} = {s.micro_batch} micro batch x "
-        f"{s.accumulation} accumulation x {s.world_size} ranks",
-        "on": f"{target.ranks} x {target.gpu}",
-        "memory of a rank": f"{size_text(memory.peak)}: {verdict}; most in the {memory.moment}",
-    }
-    for name in CATEGORIES:
-        if size := getattr(memory, name):
-            rows[f"  {name}"] = f"{size_text(size)}  {size / memory.peak:.1%}"
-    if memory.host or memory.nvme:
-        rows["  offloaded"] = f"{size_text(memory.host)} in host memory, {size_text(memory.nvme)} on NVMe"
-    parts = ", ".join(
-        f"{name} {seconds / step.seconds:.0%}" for name, seconds in step.split.items() if seconds
-    )
-    rows["step"] = f"{step.seconds:.3g} s: {parts}"
-    mfu = f", MFU {plan.mfu:.1%}" if plan.mfu else ""
-    rows["speed"] = f"{step.tokens_per_second:,.0f} tokens/s{mfu}"
-    sent = step.communication
-    kinds = {
-        "all-reduce": sent.all_reduce,
-        "all-gather": sent.all_gather,
-        "reduce-scatter": sent.reduce_scatter,
-    }
-    if sent.sent:
-        said = ", ".join(f"{kind} {size_text(size)}" for kind, size in kinds.items() if size)
-        between = sent.between_nodes(target.gpus_per_node)
-        rows["sent by a rank"] = f"{size_text(sent.sent)} a step: {said}" + (
-            f"; {size_text(between)} of it through its network card" if between else ""
-        )
-    if plan.hours is not None:
-        energy = f", {plan.kilowatt_hours:,.0f} kWh at full power" if plan.kilowatt_hours else ""
-        rows["run"] = (
-            f"{plan.steps:,} steps: {plan.hours:,.1f} h, {plan.hours * target.ranks:,.1f} GPU-h{energy}"
-        )
-    for number, line in enumerate(plan.unknown):
-        rows["not known" if not number else " " * (number + 1)] = line
-    return rows
-
-
-def render_candidates(candidates: Sequence[Candidate], stated: Planned) -> Table:
-    """The best few of a search, and how much faster than what the files say."""
-    from rich.table import Table
-
-    fitting = sum(candidate.fits for candidate in candidates)
-    table = Table(
-        title=f"{fitting} of {len(candidates)} configurations fit; the fastest", title_justify="left"
-    )
-    tried = any(candidate.measured for candidate in candidates)
-    names = (
-        "configuration",
-        "tokens/s",
-        *(["measured"] if tried else []),
-        "of the stated",
-        "a rank's memory",
-    )
-    for name in names:
-        table.add_column(name, justify="left" if name == "configuration" else "right")
-    for candidate in [each for each in candidates if each.fits][:BEST]:
-        measured = f"{candidate.measured:,.0f}" if candidate.measured else "not tried"
-        table.add_row(
-            candidate.label,
-            f"{candidate.step.tokens_per_second:,.0f}",
-            *([measured] if tried else []),
-            f"{candidate.step.tokens_per_second / stated.step.tokens_per_second:.2f}",
-            size_text(candidate.memory.peak),
-        )
-    return table
-
-
-def draw(plan: Planned, path: Path) -> None:
-    """The memory of a rank at its largest moment, at every ZeRO stage, against what the device has."""
-    from dataclasses import replace
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    bars = {}
-    for stage in range(4):
-        zero = dict(plan.setting.zero) | {"stage": stage}
-        bars[f"ZeRO {stage}"] = plan_memory(replace(plan.setting, zero=zero))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, below = figure.subplots(), [0.0] * len(bars)
-    for name in CATEGORIES:
-        heights = [getattr(memory, name) / GIB for memory in bars.values()]
-        axes.bar(list(bars), heights, bottom=below, label=name, width=0.6)
-        below = [low + height for low, height in zip(below, heights, strict=True)]
-    if max(below) > 0.2 * plan.target.budget / GIB:
-        axes.axhline(plan.target.budget / GIB, color="black", linestyle="--", label="may take")
-    s = plan.setting
-    axes.set_ylabel("GiB of a rank")
-    axes.margins(y=0.08)
-    axes.set_title(
-        f"{sum(p.numel for p in s.parameters):,} parameters, {s.precision}, micro batch {s.micro_batch} x "
-        f"{s.seq_len}, recompute {s.recompute}, {plan.target.ranks} x {plan.target.gpu}; now ZeRO {s.stage}",
-        fontsize=9,
-    )
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)

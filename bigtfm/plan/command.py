@@ -1,0 +1,112 @@
+"""`bigtfm plan`: prints a plan or what a search finds, writes and draws what is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
+from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.run import load_run_config
+from bigtfm.plan.job import plan
+from bigtfm.plan.view import BEST, draw, render, render_candidates
+from bigtfm.planner.search import Candidate, deepspeed_values, search_for
+
+
+def show(
+    config: Path | None,
+    deepspeed_json: Path,
+    overrides: Sequence[str],
+    *,
+    gpus: int,
+    gpu: str,
+    gpus_per_node: int,
+    search: bool = False,
+    write: Path | None = None,
+    confirm: int = 0,
+    calibration: Path | None = None,
+    calibrate: Path | None = None,
+    picture: Path | None = None,
+    as_json: bool = False,
+) -> bool:
+    """The command: prints the plan, or what a search finds, and says whether it fits.
+
+    Raises:
+        ConfigProblem: as `plan`; or options don't go together.
+    """
+    from rich.console import Console
+
+    _options_fit(search, write, confirm, calibration, calibrate)
+    console = Console(stderr=as_json)
+    if calibrate is not None:
+        from bigtfm.bench.calibrate import calibrate as measure
+
+        calibration = measure(
+            calibrate, min(gpus, gpus_per_node), load_deepspeed_json(deepspeed_json).precision
+        )
+    stated, rates, deepspeed = plan(
+        config, deepspeed_json, overrides, gpus=gpus, gpu=gpu, gpus_per_node=gpus_per_node,
+        calibration=calibration,
+    )  # fmt: skip
+    if picture is not None:
+        draw(stated, picture)
+    said, fits = stated.to_dict(), stated.fits
+    if not as_json:
+        console.print(render(stated))
+    if search:
+        target = stated.target
+        candidates = search_for(stated.setting, rates, target.budget, target.gpus_per_node)
+        fits = candidates[0].fits
+        if confirm and fits:
+            from bigtfm.bench.confirm import confirmed
+
+            data = load_run_config(config, overrides).data.paths[0]
+            candidates = confirmed(candidates, confirm, config, deepspeed_json, overrides, data)
+        if not as_json:
+            console.print(render_candidates(candidates, stated))
+        said["found"] = [_found(candidate) for candidate in candidates[:BEST] if candidate.fits]
+        if write is not None and fits:
+            write_json(deepspeed, candidates[0], write)
+            recompute = candidates[0].setting.recompute
+            console.print(f"wrote {write}; train with it and compute.recompute={recompute}", highlight=False)
+    if as_json:
+        print(json.dumps(said))
+    return fits
+
+
+def _options_fit(
+    search: bool, write: Path | None, confirm: int, calibration: Path | None, calibrate: Path | None
+) -> None:
+    if not search and (write is not None or confirm):
+        option = "--write" if write is not None else "--confirm"
+        raise ConfigProblem(f"{option} is for what a search finds", where="command line", fix="add --search")
+    if calibration is not None and calibrate is not None:
+        fix = "leave one of them out"
+        raise ConfigProblem("--calibration and --calibrate both say the rates", where="command line", fix=fix)
+
+
+def _found(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as JSON has it."""
+    s = candidate.setting
+    return {
+        "label": candidate.label, "zero_stage": s.stage, "micro_batch": s.micro_batch,
+        "accumulation": s.accumulation, "recompute": s.recompute, "zero_optimization": dict(s.zero),
+        "step_seconds": candidate.step.seconds, "tokens_per_second": candidate.step.tokens_per_second,
+        "measured": candidate.measured,
+        "memory": asdict(candidate.memory),
+    }  # fmt: skip
+
+
+def write_json(deepspeed: DeepSpeedConfig, candidate: Candidate, path: Path) -> None:
+    """The user's DeepSpeed JSON with the candidate's choices.
+
+    Raises:
+        ConfigProblem: the file is there already, or what was found is no valid JSON for DeepSpeed.
+    """
+    if path.exists():
+        raise ConfigProblem("is there already", where=str(path), fix="name another file, or remove it")
+    path.write_text(json.dumps(deepspeed_values(deepspeed.values, candidate), indent=2) + "\n", "utf-8")
+    load_deepspeed_json(path)

@@ -1,0 +1,135 @@
+"""What a plan and a search look like on a terminal, and the picture of a rank's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigtfm.plan.job import Planned
+from bigtfm.planner.hardware import GIB
+from bigtfm.planner.memory import CATEGORIES, plan_memory, size_text
+from bigtfm.planner.search import Candidate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BEST = 5  # candidates of a search that are shown
+
+
+def render(plan: Planned) -> Table:
+    """For reading, as a table that rich can print."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in _rows(plan).items():
+        table.add_row(name, value)
+    return table
+
+
+def _rows(plan: Planned) -> dict[str, str]:
+    s, memory, step, target = plan.setting, plan.memory, plan.step, plan.target
+    offload = [f"{what} on {s.offload(what)}" for what in ("optimizer", "param") if s.offload(what) != "none"]
+    budget = size_text(target.budget)
+    verdict = f"fits into {budget}" if plan.fits else f"does NOT fit into {budget}"
+    rows = {
+        "job": f"{sum(p.numel for p in s.parameters):,} parameters, {s.precision}, "
+        + ", ".join([f"ZeRO {s.stage}", *offload, f"recompute {s.recompute}"]),
+        "batch": f"{s.global_batch:,} sequences of {s.seq_len:,} = {s.micro_batch} micro batch x "
+        f"{s.accumulation} accumulation x {s.world_size} ranks",
+        "on": f"{target.ranks} x {target.gpu}",
+        "memory of a rank": f"{size_text(memory.peak)}: {verdict}; most in the {memory.moment}",
+    }
+    for name in CATEGORIES:
+        if size := getattr(memory, name):
+            rows[f"  {name}"] = f"{size_text(size)}  {size / memory.peak:.1%}"
+    if memory.host or memory.nvme:
+        rows["  offloaded"] = f"{size_text(memory.host)} in host memory, {size_text(memory.nvme)} on NVMe"
+    parts = ", ".join(
+        f"{name} {seconds / step.seconds:.0%}" for name, seconds in step.split.items() if seconds
+    )
+    rows["step"] = f"{step.seconds:.3g} s: {parts}"
+    mfu = f", MFU {plan.mfu:.1%}" if plan.mfu else ""
+    rows["speed"] = f"{step.tokens_per_second:,.0f} tokens/s{mfu}"
+    sent = step.communication
+    kinds = {
+        "all-reduce": sent.all_reduce,
+        "all-gather": sent.all_gather,
+        "reduce-scatter": sent.reduce_scatter,
+    }
+    if sent.sent:
+        said = ", ".join(f"{kind} {size_text(size)}" for kind, size in kinds.items() if size)
+        between = sent.between_nodes(target.gpus_per_node)
+        rows["sent by a rank"] = f"{size_text(sent.sent)} a step: {said}" + (
+            f"; {size_text(between)} of it through its network card" if between else ""
+        )
+    if plan.hours is not None:
+        energy = f", {plan.kilowatt_hours:,.0f} kWh at full power" if plan.kilowatt_hours else ""
+        rows["run"] = (
+            f"{plan.steps:,} steps: {plan.hours:,.1f} h, {plan.hours * target.ranks:,.1f} GPU-h{energy}"
+        )
+    for number, line in enumerate(plan.unknown):
+        rows["not known" if not number else " " * (number + 1)] = line
+    return rows
+
+
+def render_candidates(candidates: Sequence[Candidate], stated: Planned) -> Table:
+    """The best few of a search, and how much faster than what the files say."""
+    from rich.table import Table
+
+    fitting = sum(candidate.fits for candidate in candidates)
+    table = Table(
+        title=f"{fitting} of {len(candidates)} configurations fit; the fastest", title_justify="left"
+    )
+    tried = any(candidate.measured for candidate in candidates)
+    names = (
+        "configuration",
+        "tokens/s",
+        *(["measured"] if tried else []),
+        "of the stated",
+        "a rank's memory",
+    )
+    for name in names:
+        table.add_column(name, justify="left" if name == "configuration" else "right")
+    for candidate in [each for each in candidates if each.fits][:BEST]:
+        measured = f"{candidate.measured:,.0f}" if candidate.measured else "not tried"
+        table.add_row(
+            candidate.label,
+            f"{candidate.step.tokens_per_second:,.0f}",
+            *([measured] if tried else []),
+            f"{candidate.step.tokens_per_second / stated.step.tokens_per_second:.2f}",
+            size_text(candidate.memory.peak),
+        )
+    return table
+
+
+def draw(plan: Planned, path: Path) -> None:
+    """The memory of a rank at its largest moment, at every ZeRO stage, against what the device has."""
+    from dataclasses import replace
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars = {}
+    for stage in range(4):
+        zero = dict(plan.setting.zero) | {"stage": stage}
+        bars[f"ZeRO {stage}"] = plan_memory(replace(plan.setting, zero=zero))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, below = figure.subplots(), [0.0] * len(bars)
+    for name in CATEGORIES:
+        heights = [getattr(memory, name) / GIB for memory in bars.values()]
+        axes.bar(list(bars), heights, bottom=below, label=name, width=0.6)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    if max(below) > 0.2 * plan.target.budget / GIB:
+        axes.axhline(plan.target.budget / GIB, color="black", linestyle="--", label="may take")
+    s = plan.setting
+    axes.set_ylabel("GiB of a rank")
+    axes.margins(y=0.08)
+    axes.set_title(
+        f"{sum(p.numel for p in s.parameters):,} parameters, {s.precision}, micro batch {s.micro_batch} x "
+        f"{s.seq_len}, recompute {s.recompute}, {plan.target.ranks} x {plan.target.gpu}; now ZeRO {s.stage}",
+        fontsize=9,
+    )
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
