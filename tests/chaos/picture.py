@@ -81,7 +81,8 @@ def draw(rows: Sequence[Row], lost: Mapping[int, int], path: Path, title: str) -
         figure.legend(
             *climb.get_legend_handles_labels(),
             loc="outside lower center",
-            ncols=7,
+            ncols=4,
+            fontsize=9,
             frameon=False,
         )
     figure.align_ylabels()
@@ -119,5 +120,6 @@ def _climb(axes: Any, rows: Sequence[Row]) -> None:
             axes.axvspan(left, begin, color=BANDS[row.run % 2], zorder=0, linewidth=0)
             middle = ((left + begin) / 2, 0.99)
             style = {"ha": "center", "va": "top", "fontsize": 7, "color": "#777777"}
-            axes.annotate(row.layout, middle, xycoords=("data", "axes fraction"), **style)
+            if begin - left > 0.09 * ends[-1]:  # else there is no room for it
+                axes.annotate(row.layout, middle, xycoords=("data", "axes fraction"), **style)
     axes.set_ylim(0, STEPS * 1.12)
