@@ -251,25 +251,34 @@ def data_section(*sources):
     return DataSection.model_validate({"sources": sources})
 
 
-def first_batch(section, seq_len=2048):
+def first_batch(section, first, seq_len=2048):
     """What training does before its first step."""
     datasets = [TokenDataset.open(path) for path in section.paths]
     order = training_order(datasets, section, seq_len, seed=1)
     stream = Split.join([dataset.split("train") for dataset in datasets])
-    return Loader(stream, order, seq_len, datasets[0].vocab_size).batch(10**6, 8)
+    return Loader(stream, order, seq_len, datasets[0].vocab_size).batch(first, 8)
 
 
-def test_a_trillion_tokens_open_in_a_tenth_of_a_second(tmp_path):
-    a, b = (str(write_sparse(tmp_path / name, 10**12, 64, 10**9, seed=name)) for name in "ab")
-    one = DataSection(path=a)
-    two = data_section({"path": a, "weight": 0.7}, {"path": b, "weight": 0.3})
-    for section, sources in ((one, 1), (two, 2)):
-        began = time.process_time()
-        batch = first_batch(section)
-        seconds = time.process_time() - began
-        assert len(batch.input_ids) == 8 * 2048
-        assert len({sample // (10**12 // 2048) for sample in batch.samples}) == sources
-        assert seconds < 0.1, (sources, seconds)
+def test_a_trillion_tokens_open_as_fast_as_a_billion(tmp_path):
+    """Start-up costs what the files cost that there are (benchmarks/bench_order.py has its figures)."""
+
+    def made(name, tokens):
+        return str(write_sparse(tmp_path / name, tokens, 64, tokens // 1000, seed=name))
+
+    seconds = {}
+    for tokens in (10**9, 10**12):
+        a, b = made(f"a-{tokens}", tokens), made(f"b-{tokens}", tokens)
+        one, two = DataSection(path=a), data_section({"path": a, "weight": 0.7}, {"path": b, "weight": 0.3})
+        for section, sources in ((one, 1), (two, 2)):
+            tries = []
+            for _ in range(5):
+                began = time.process_time()
+                batch = first_batch(section, first=tokens // 10**6)
+                tries.append(time.process_time() - began)
+            assert len(batch.input_ids) == 8 * 2048
+            assert len({sample // (tokens // 2048) for sample in batch.samples}) == sources
+            seconds[tokens, sources] = min(tries)
+    assert all(seconds[10**12, sources] < 2 * seconds[10**9, sources] for sources in (1, 2)), seconds
 
 
 def test_a_joined_stream_is_the_files_one_behind_the_other(tmp_path, tiny_data):
