@@ -164,9 +164,22 @@ check: setup ## format, lint, types, import layers and the fast tests
 format: setup ## format the code and mend what ruff can mend
 	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --fix --quiet .
 
+# What bigtfm is measured beside. litgpt without its needs: it asks for an older huggingface-hub than transformers does.
+PEERS = $(PIP) --constraint $(VENV)/constraints.txt --editable '.[bench]' && \
+  $(PIP) --no-deps litgpt==0.5.13 lightning lightning-utilities torchmetrics
+NO_PEERS = pip could not install accelerate and litgpt. Fix: connect to the network$(comma) then repeat the command
+
+$(VENV)/.peers: $(READY)
+	$(call phase,installing accelerate and litgpt to measure beside,$(PEERS),$(NO_PEERS))
+	@touch $@
+
 .PHONY: bench
-bench: setup ## the benchmarks that run on this machine
+bench: setup $(VENV)/.peers ## the benchmarks that run on this machine
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+.PHONY: bench-peers
+bench-peers: setup $(VENV)/.peers ## bigtfm beside HF Trainer, DeepSpeed, litgpt and plain torch, in turns
+	@$(BIN)/python benchmarks/bench_peers.py $(ARGS)
 
 .PHONY: clean
 clean: ## remove .venv and caches; runs, data and the MLflow store stay
