@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,8 @@ from bigtfm.config.deepspeed_types import OPTIMIZERS, SCHEDULERS
 from bigtfm.config.deepspeed_walk import Finding, canonical, findings
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ModelSection
+
+_OFFLOADED = ("param", "optimizer")
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -262,6 +265,19 @@ class DeepSpeedConfig:
             micro, accumulation, whole = self.solve_batch(world_size)
             values.update(zip(BATCH_KEYS, (whole, micro, accumulation), strict=True))
         return values
+
+
+def acting_stage(zero: Mapping[str, Any], *, optimizer: str, precision: str, world_size: int) -> int:
+    """The ZeRO stage that a run really has. One rank in fp32 shares nothing: stages 1 to 3 would only copy.
+
+    They keep a second copy of the weights, and move all gradients into buckets and back.
+
+    zero: the section zero_optimization.
+    """
+    stage = int(zero.get("stage", 0))
+    offloads = any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in _OFFLOADED)
+    spared = world_size == 1 and precision == "fp32" and optimizer in ("Adam", "AdamW") and not offloads
+    return 0 if spared else stage
 
 
 def load_deepspeed_json(path: Path) -> DeepSpeedConfig:

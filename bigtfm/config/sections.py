@@ -445,6 +445,8 @@ class ObjectiveSection(Section):
     )
 
 
+# Of logits that a CPU holds at a time: fewer make the output layer's gradient slow, which each chunk adds to.
+LOGITS_BYTES = 16 << 20
 Backend = Literal[
     "flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "flex",
     "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "reference",

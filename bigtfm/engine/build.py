@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from bigtfm.config.deepspeed import acting_stage
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ComputeSection
 from bigtfm.engine import fragments, schedules
@@ -38,7 +39,7 @@ def build_engine(
     on_cpu = get_accelerator().device_name() == "cpu"
     _require_precision(config)
     zero = config.setdefault("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage = zero["stage"] = _acting_stage(config)
     if stage == 3 and compute.recompute == "selective":
         # Stage 3's own F.linear adds the bias in place into the product that selective recomputation saved.
         zero.setdefault("memory_efficient_linear", False)
@@ -60,9 +61,21 @@ def build_engine(
         config=config,
     )
     _undo_dry_run(engine)
+    if torch.distributed.get_world_size() == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it would copy all gradients into buckets and back
     if schedule is not None:  # bound late: at stages 1 and 2 DeepSpeed replaces a torch Adagrad by a new one
         engine.lr_scheduler = schedule(engine.optimizer)
     return engine
+
+
+def _acting_stage(config: dict[str, Any]) -> int:
+    mixed = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
+    return acting_stage(
+        config["zero_optimization"],
+        optimizer=config["optimizer"]["type"],
+        precision=mixed[0] if mixed else "fp32",
+        world_size=torch.distributed.get_world_size(),
+    )
 
 
 def _undo_dry_run(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -129,6 +142,8 @@ def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.
     kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
     if kind in ("Adam", "AdamW", "Muon") and on_cpu:
         params.setdefault("torch_adam", True)
+        if kind != "Muon" and params["torch_adam"]:
+            params.setdefault("fused", True)  # one pass over the weights; torch's default makes about ten
     if kind != "Lamb" and not (kind == "Lion" and on_cpu):
         return None
     import pytorch_optimizer

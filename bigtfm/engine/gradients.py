@@ -69,6 +69,9 @@ def _last_look(engine: Any, ranks: Ranks) -> float | None:
     grads = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) if grads else 0.0
     optimizer.overflow = not math.isfinite(norm)  # what the engine asks every other optimizer for
+    engine.clip_fp32_gradients = lambda: None  # it would take the norm once more, tensor by tensor
+    if 0 < engine.gradient_clipping() < norm + 1e-6 and not optimizer.overflow:
+        torch._foreach_mul_(grads, engine.gradient_clipping() / (norm + 1e-6))
     if optimizer.overflow:
         optimizer.step = lambda: vars(optimizer).pop("step")  # once; without gradients Muon would still decay
     return norm

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigtfm.model.attention import Documents
-from bigtfm.model.heads import IGNORE, LanguageModel, MaskedHead, NextSentence
+from bigtfm.model.cross_entropy import IGNORE
+from bigtfm.model.heads import LanguageModel, MaskedHead, NextSentence
 from bigtfm.model.transformer import Stack
 
 

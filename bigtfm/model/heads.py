@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
 from bigtfm.model.attention import Documents, by_length, groups_by_length
+from bigtfm.model.cross_entropy import IGNORE, linear_cross_entropy
 from bigtfm.model.layers import Bias, Embedding, Linear, l1_penalty, make_norm
-
-IGNORE = -100  # label of a position that predicts nothing: torch's own ignore_index
 
 
 class LanguageModel(nn.Module):
@@ -75,13 +74,33 @@ class LanguageModel(nn.Module):
         steps) by the step's number of labels n passes l1_scale = n / F.
         """
         smoothing = self.objective.label_smoothing if self.training else 0.0
-        logits = self.project(x).float()
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            loss_sum = self._fused_loss(x, labels, smoothing)
+        else:
+            logits = self.project(x).float()
+            loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         if self.training and self.objective.l1:
             assert l1_scale is not None, "with l1, the caller must say how much of it belongs to this forward"
             penalty = l1_penalty(self) * (self.objective.l1 * l1_scale)
             loss_sum = loss_sum + (penalty - penalty.detach())
         return loss_sum, (labels != IGNORE).sum()
+
+    def _fused_loss(self, x: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """The sum of the token losses without `project`'s logits."""
+        extra = self.lm_head(None) if isinstance(self.lm_head, Bias) else None
+
+        def of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            bias = extra if bias is None else bias
+            if len(weight) != self.vocab_size:
+                weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+            return linear_cross_entropy(x, weight, bias, labels, smoothing)
+
+        if self.config.logit_scale != 1:
+            x = x * self.config.logit_scale
+        owner = self.embed_tokens if self.config.tied_embeddings else self.lm_head
+        assert owner is not None
+        loss_sum: Tensor = owner(x, loss=of)
+        return loss_sum
 
     def in_good_order(
         self, sides: list[Documents], *tensors: list[Tensor | None]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from bigtfm.config.sections import ModelSection
 
+OutputLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of features, an output layer's W and b
+
 
 class Linear(nn.Module):
     """y = x W^T + b, W [out, in]."""
@@ -27,9 +29,14 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, x: Tensor | None) -> Tensor:
-        """[T, in] -> [T, out]; None: the sum of |W|, an fp32 scalar (see `l1_penalty`)."""
-        return magnitude(self.weight) if x is None else F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor | None, loss: OutputLoss | None = None) -> Tensor:
+        """[T, in] -> [T, out]; None: the sum of |W|, an fp32 scalar (see `l1_penalty`).
+
+        loss: what to return instead, as a function of x, W and b.
+        """
+        if x is None:
+            return magnitude(self.weight)
+        return F.linear(x, self.weight, self.bias) if loss is None else loss(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -39,10 +46,15 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, features))
 
-    def forward(self, x: Tensor | None, project: bool = False) -> Tensor:
-        """Row numbers [T] -> [T, C]; project: features [T, C] -> x W^T [T, rows]; None: sum of |W|."""
+    def forward(self, x: Tensor | None, project: bool = False, loss: OutputLoss | None = None) -> Tensor:
+        """Row numbers [T] -> [T, C]; project: features [T, C] -> x W^T [T, rows]; None: sum of |W|.
+
+        loss: what to return of features instead, as a function of x, W and None.
+        """
         if x is None:
             return magnitude(self.weight)
+        if loss is not None:
+            return loss(x, self.weight, None)
         return F.linear(x, self.weight) if project else F.embedding(x, self.weight)
 
 
@@ -53,8 +65,9 @@ class Bias(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias
+    def forward(self, x: Tensor | None) -> Tensor:
+        """x + b; None: b."""
+        return self.bias.clone() if x is None else x + self.bias
 
 
 def magnitude(weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bigtfm.config.sections import ModelSection, ObjectiveSection
+from bigtfm.config.sections import LOGITS_BYTES, ModelSection, ObjectiveSection
 from bigtfm.planner.parameters import Parameter, block_parameters, parameters_of
 
 
@@ -109,12 +109,22 @@ def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
     return found
 
 
+def fused_loss(shapes: Shapes) -> bool:
+    """Whether output layer and loss are one function that holds few logits at a time."""
+    return shapes.on_cpu and shapes.value_bytes == 4
+
+
 def loss_bytes(shapes: Shapes, batch: Batch) -> tuple[int, int]:
     """(kept between forward and backward, the most at a time) of logits and cross-entropy.
 
     fp32 log-probabilities are kept; beside them stand, in the forward, the logits (in 16 bits in both types),
-    in the backward the gradients of log-probabilities and of logits.
+    in the backward the gradients of log-probabilities and of logits. On a CPU in fp32 the gradients of
+    features and of the output layer are kept (bigtfm/model/cross_entropy.py), few logits made at a time.
     """
+    if fused_loss(shapes):
+        bias = 4 * shapes.vocab_size * shapes.model.head_bias
+        kept = 4 * (batch.labelled + shapes.vocab_size) * shapes.model.hidden_size + bias
+        return kept, kept + min(4 * batch.labelled * shapes.vocab_size, LOGITS_BYTES)
     rows = batch.labelled
     one, padded = 4 * rows * shapes.vocab_size, rows * shapes.model.padded_vocab_size(shapes.vocab_size)
     forward = one + padded * shapes.value_bytes + (one if shapes.value_bytes == 2 else 0)
@@ -153,7 +163,8 @@ def _stack(shapes: Shapes, batch: Batch, side: str, tokens: int, layers: int) ->
     weights = tuple(p for p in every if p.name.startswith(f"{side}.norm."))
     ops = [_norm(shapes, "norm", tokens, stream)] if model.norm_order == "pre" else []
     # A bert's head takes the labelled rows out; else the product with the vocabulary, or a decoder, keeps it.
-    ops.append(Op("output", keeps=0 if model.family == "bert" else stream, needs=stream, leaves=stream))
+    spared = model.family == "bert" or (side == "decoder" and fused_loss(shapes))
+    ops.append(Op("output", keeps=0 if spared else stream, needs=stream, leaves=stream))
     yield Segment(f"{side} output", tuple(ops), weights=weights)
 
 
@@ -274,10 +285,11 @@ def _masked_head(shapes: Shapes, batch: Batch) -> Segment:
     rows = batch.labelled * model.hidden_size * shapes.value_bytes
     stream = batch.tokens * model.hidden_size * shapes.value_bytes
     weights = tuple(p for p in parameters_of(model, shapes.vocab_size) if p.name.startswith("mlm_head."))
+    output = 0 if fused_loss(shapes) else rows
     ops = (
         Op("labelled", keeps=rows, needs=stream, leaves=stream),
         Op("dense", needs=rows, leaves=rows, owns=(".dense.",)),
         Op("gelu", keeps=rows, needs=rows, leaves=rows),
-        Op("norm", keeps=2 * rows, needs=2 * rows, leaves=rows, owns=(".norm.",)),
+        Op("norm", keeps=rows + output, needs=2 * rows, leaves=rows, owns=(".norm.",)),
     )
     return Segment("masked-token head", ops, weights=weights)

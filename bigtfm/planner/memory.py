@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigtfm.planner.activations import Segment, loss_bytes, segments
+from bigtfm.planner.activations import Segment, fused_loss, loss_bytes, segments
 from bigtfm.planner.parameters import MOMENTS, Parameter
 from bigtfm.planner.setting import BYTES, Setting
 
@@ -286,7 +286,9 @@ class _Step:
         model, size = setting.model, self.size
         rows, padded = batch.labelled, setting.model.padded_vocab_size(setting.vocab_size)
         one, product = 4 * rows * setting.vocab_size, size * rows * padded
-        if size == 2:
+        if fused_loss(setting.shapes):
+            product = 0
+        elif size == 2:
             self._look("loss", logits=one + one // 2)
         if padded != setting.vocab_size:
             self._look("loss", logits=2 * product)
@@ -393,9 +395,12 @@ class _Step:
         self._look("update", working=4 * lasting.largest + max(flat, temporaries))
 
     def _optimizer_temporaries(self) -> int:
-        """torch's Adam makes a denominator, twice for a moment; DeepSpeed's fused one nothing."""
+        """torch's Adam makes a denominator, twice for a moment; the fused ones nothing."""
         setting = self.setting
-        if setting.optimizer in ("Adam", "AdamW", "Muon") and not setting.torch_adam:
+        fused = setting.on_cpu or not setting.torch_adam  # torch's on a CPU, DeepSpeed's
+        if (setting.optimizer in ("Adam", "AdamW") and fused) or (
+            setting.optimizer == "Muon" and not setting.torch_adam
+        ):
             return 0
         if setting.on_cpu or setting.stage:
             return 8 * self.lasting.largest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from bigtfm.config.deepspeed import DeepSpeedConfig
+from bigtfm.config.deepspeed import DeepSpeedConfig, acting_stage
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.planner.activations import Batch, Shapes, batch_of
@@ -44,7 +44,8 @@ class Setting:
 
     @property
     def stage(self) -> int:
-        return int(self.zero.get("stage", 0))
+        kind, precision, ranks = self.optimizer, self.precision, self.world_size
+        return acting_stage(self.zero, optimizer=kind, precision=precision, world_size=ranks)
 
     @property
     def value_bytes(self) -> int:

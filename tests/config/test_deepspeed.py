@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigtfm.config.deepspeed import BatchTriple, DeepSpeedConfig, load_deepspeed_json
+from bigtfm.config.deepspeed import BatchTriple, DeepSpeedConfig, acting_stage, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import load_run_config
 
@@ -271,3 +271,13 @@ def test_sound_configurations_are_accepted(load: Load, changes: dict[str, Any]) 
     config = load(**changes)
     resolved = config.resolved(MODEL, config.steps_of(9 if config.horizon is None else None), world_size=1)
     assert resolved["train_batch_size"] == 16
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_in_fp32_has_nothing_to_share(stage: int) -> None:
+    alone: dict[str, Any] = {"optimizer": "AdamW", "precision": "fp32", "world_size": 1}
+    assert acting_stage({"stage": stage}, **alone) == 0
+    for change in ({"optimizer": "Muon"}, {"precision": "bf16"}, {"world_size": 2}):
+        assert acting_stage({"stage": stage}, **(alone | change)) == stage
+    offload = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    assert acting_stage(offload, **alone) == stage
