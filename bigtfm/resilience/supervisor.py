@@ -23,6 +23,7 @@ from typing import Any
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import Interrupted, RequeueRequested, say
 from bigtfm.config.sections import GuardSection
+from bigtfm.host_memory import keep_pages
 from bigtfm.resilience import stacks
 from bigtfm.resilience.council import Council
 from bigtfm.resilience.events import note
@@ -120,6 +121,7 @@ class Supervisor:
         self._council.leave()
         self._selector.close()
         stacks.register()
+        keep_pages()
         lifeline = Lifeline(Lines(theirs), self._page, self._pulse, address)
         raise SystemExit(run_trainer(lambda line: trainer(line, changes), lifeline))
 
