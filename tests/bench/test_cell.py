@@ -21,19 +21,20 @@ def test_a_step_is_the_slowest_ranks_and_memory_the_fullest() -> None:
     assert found["ceiling"] == 6.0
 
 
-def test_the_ceiling_is_what_a_matrix_product_takes() -> None:
-    """Beside a product that is timed here."""
-    import time
-
+def test_the_ceiling_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 n^3 operations in the time of the best of five; of all sizes the best. The clock is ours."""
     import torch
 
-    from bigtfm.bench.ceiling import matmul_flops
+    from bigtfm.bench import ceiling
 
-    a = torch.randn(512, 512)
-    times = []
-    for _ in range(20):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    here = 2 * 512**3 / min(times)
-    assert matmul_flops(torch.device("cpu"), "fp32", lambda: None) > 0.3 * here
+    tries: list[int] = []
+
+    def seconds(a: torch.Tensor, *_: object) -> float:
+        tries.append(len(a))
+        rate = {512: 1e11, 1024: 3e11}.get(len(a), 2e11)
+        return 2 * len(a) ** 3 / rate * (1 + len(tries) % 5)  # the fifth of each size is the best
+
+    monkeypatch.setattr(ceiling, "_seconds", seconds)
+    monkeypatch.setattr(ceiling, "LARGEST", {"cpu": 2048})
+    assert ceiling.matmul_flops(torch.device("cpu"), "fp32", lambda: None) == pytest.approx(3e11)
+    assert tries == [512] * 5 + [1024] * 5 + [2048] * 5
