@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from bigtfm.config.deepspeed import DeepSpeedConfig
+from bigtfm.config.deepspeed import DeepSpeedConfig, acting_stage
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import RunConfig
 from bigtfm.data.indexed import TokenDataset
@@ -214,6 +214,11 @@ def render(resolved: Resolved, attention: str) -> Table:
 
     r = resolved
     offload = [f"{what} on {where}" for what, where in _offloads(r) if where != "none"]
+    zero = {"stage": r.zero_stage}
+    acts = acting_stage(zero, optimizer=r.optimizer, precision=r.precision, world_size=r.world_size)
+    acting = (
+        [] if offload or acts == r.zero_stage else [f"which acts as {acts}: one rank has nothing to share"]
+    )
     rows = {
         "run": f"{r.name} in {r.run_dir}",
         "batch": f"{r.global_batch:,} sequences = {r.micro_batch} micro batch x {r.accumulation} "
@@ -235,7 +240,7 @@ def render(resolved: Resolved, attention: str) -> Table:
         "model": f"{r.family}, {r.objective}, {r.parameters:,} parameters",
         "vocabulary": f"{r.vocab_size:,} (padded to {r.padded_vocab_size:,})",
         "precision": r.precision,
-        "ZeRO stage": ", ".join([str(r.zero_stage), *offload]),
+        "ZeRO stage": ", ".join([str(r.zero_stage), *offload, *acting]),
         "optimizer": f"{r.optimizer}, lr {r.lr:g}, {r.scheduler or 'constant'}",
         "clipping": f"gradient norm {r.gradient_clipping:g}" if r.gradient_clipping else "none",
         "recompute": str(r.recompute),

@@ -30,8 +30,8 @@ RUN = {
     "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
     "data.path=data/mine run.name=mine": f"{{}} steps=3 {SHORT}",
     'bigtfm generate --run runs/mine --prompt "Once upon a time" --max-new-tokens 50': AS_IT_STANDS,
-    "bigtfm train --deepspeed_config ds_configs/zero3_fp32.json --config configs/quickstart.toml "
-    "data.path=data/mine run.name=zero3 steps=50": f"{{}} steps=3 {SHORT}",
+    "deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_configs/zero3_fp32.json --config "
+    "configs/quickstart.toml data.path=data/mine run.name=zero3 steps=50": f"{{}} steps=3 {SHORT}",
     "bigtfm compare runs/mine runs/zero3": AS_IT_STANDS,
     "deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_configs/zero2_fp32.json --config "
     "configs/quickstart.toml run.name=two steps=20": f"{{}} steps=3 {SHORT}",
