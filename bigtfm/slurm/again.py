@@ -101,7 +101,19 @@ def ended(run_dir: Path, code: int, environ: Mapping[str, str], since: float) ->
         node = node_of(int(rank[1]), environ)
     job = environ.get("BIGTFM_CHAIN") or environ.get("SLURM_JOB_ID", "")
     line = f"{failure['where']}: {failure['what']}" if {"where", "what"} <= failure.keys() else ""
+    if code == ConfigProblem.exit_code and not failure:
+        line = _last_error(run_dir / "logs" / "rank-0.log")
     return Ended(job, said if code else 0, newest_step(run_dir), line, node)
+
+
+def _last_error(log: Path) -> str:
+    """For a job that found another one at work: it may write nothing but its ranks' logs."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = "bigtfm: error: "
+    return next((line.removeprefix(told) for line in reversed(lines) if line.startswith(told)), "")
 
 
 def node_of(rank: int, environ: Mapping[str, str]) -> str | None:

@@ -71,6 +71,16 @@ def test_a_failure_of_an_earlier_start_is_not_this_ones(tmp_path: Path) -> None:
     assert ended(tmp_path, 0, JOB, now - 60).code == 0
 
 
+def test_a_job_that_found_another_at_work_says_so(tmp_path: Path) -> None:
+    """It leaves no failure.json: the run directory is the other's."""
+    (tmp_path / "logs").mkdir()
+    said = "bigtfm: error: runs/a: another training is at work here: process 1 on n1. Fix: wait"
+    (tmp_path / "logs" / "rank-0.log").write_text(f"bigtfm: error: of before\nstep 1\n{said}\nstep 2\n")
+    line = "runs/a: another training is at work here: process 1 on n1. Fix: wait"
+    assert ended(tmp_path, 64, JOB, 0) == Ended("7", 64, 0, line, None)
+    assert ended(tmp_path, 139, JOB, 0).line == ""
+
+
 def test_a_chain_of_jobs_is_one_and_another_job_is_none_of_it(tmp_path: Path) -> None:
     for number, again in enumerate([True, True, True, False]):
         environ = JOB | {"SLURM_JOB_ID": str(7 + number), "BIGTFM_CHAIN": "7"}
