@@ -102,14 +102,18 @@ def ended(run_dir: Path, code: int, environ: Mapping[str, str], since: float) ->
     job = environ.get("BIGTFM_CHAIN") or environ.get("SLURM_JOB_ID", "")
     line = f"{failure['where']}: {failure['what']}" if {"where", "what"} <= failure.keys() else ""
     if code == ConfigProblem.exit_code and not failure:
-        line = _last_error(run_dir / "logs" / "rank-0.log")
+        line = _last_error(run_dir / "logs" / "rank-0.log", since)
     return Ended(job, said if code else 0, newest_step(run_dir), line, node)
 
 
-def _last_error(log: Path) -> str:
+def _last_error(log: Path, since: float) -> str:
     """For a job that found another one at work: it may write nothing but its ranks' logs."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (
+            []
+            if log.stat().st_mtime < since
+            else log.read_text(encoding="utf-8", errors="replace").splitlines()
+        )
     except OSError:
         return ""
     told = "bigtfm: error: "

@@ -78,7 +78,7 @@ def test_a_job_that_found_another_at_work_says_so(tmp_path: Path) -> None:
     (tmp_path / "logs" / "rank-0.log").write_text(f"bigtfm: error: of before\nstep 1\n{said}\nstep 2\n")
     line = "runs/a: another training is at work here: process 1 on n1. Fix: wait"
     assert ended(tmp_path, 64, JOB, 0) == Ended("7", 64, 0, line, None)
-    assert ended(tmp_path, 139, JOB, 0).line == ""
+    assert ended(tmp_path, 139, JOB, 0).line == ended(tmp_path, 64, JOB, time.time() + 60).line == ""
 
 
 def test_a_chain_of_jobs_is_one_and_another_job_is_none_of_it(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from slurm.cluster import Cluster
-from slurm.site import Site, wait_until
+from slurm.site import Site, trainers, wait_until
 
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.prepare import prepare
@@ -172,3 +175,42 @@ def test_where_requeue_is_refused_the_log_says_what_to_do(site: Site) -> None:
         "Slurm does not requeue this job. Fix: submit it again, it goes on; the next time with AGAIN=chain"
         in said
     )
+
+
+def test_status_knows_a_start_before_its_ranks_do(site: Site) -> None:
+    """Requeued five times while it starts: it is running or waiting, never failed, and goes on."""
+    job = site.train("early", nodes=1, overrides=("run.steps=20",))
+    for number in range(1, 6):
+        site.slurm.wait_for(job, "RUNNING", seconds=60)
+        wait_until(lambda n=number: len(site.events("early")) >= n, 30)
+        told = site.status("early")
+        assert (told["state"], told["step"], told["tokens_per_second"]) == ("running", 0, None), told
+        assert "no step yet" in told["where"]
+        time.sleep(number)
+        site.slurm.scontrol("requeue", job)
+        site.slurm.wait_for(job, "PENDING", "RUNNING", seconds=60, restarts=number)
+        assert site.status("early")["state"] in ("waiting", "running"), site.status("early")
+    site.slurm.wait_for(job, "COMPLETED", "FAILED", seconds=120)
+    assert site.slurm.job(job)["JobState"] == "COMPLETED", site.story("early")
+
+
+def test_two_jobs_of_one_run(site: Site) -> None:
+    """The second is sent away, and neither its end nor its words are taken for the first's."""
+    first = site.train("both", nodes=1, overrides=("run.steps=4000",))
+    site.wait_for_step("both", 5)
+    second = site.train("both", nodes=1, overrides=("run.steps=4000",))
+    site.slurm.wait_for(second, "FAILED", seconds=120)
+    assert (site.slurm.job(second)["ExitCode"], site.slurm.job(second)["Restarts"]) == ("64:0", "0")
+    assert "another training is at work here" in (site.folder / f"slurm-both-{second}.log").read_text()
+    status = site.status("both")
+    assert (status["state"], status["job"]) == ("running", first)
+    os.kill(trainers(site.slurm, site.slurm.job(first)["NodeList"])[0], signal.SIGKILL)
+    site.slurm.wait_for(first, "PENDING", "RUNNING", seconds=60, restarts=1)
+
+
+def test_a_run_whose_folder_is_gone_begins_anew(site: Site) -> None:
+    job = site.train("gone", nodes=1)
+    site.wait_for_step("gone", 5)
+    shutil.rmtree(site.run_dir("gone"))
+    site.slurm.wait_for(job, "PENDING", "RUNNING", seconds=120, restarts=1)
+    site.wait_for_step("gone", 1)

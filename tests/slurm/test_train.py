@@ -157,6 +157,16 @@ def test_a_mistake_is_told_once_and_not_repeated(site: Site) -> None:
     said = (site.folder / f"slurm-wrong-{job}.log").read_text()
     assert said.count("error:") == 1
     assert "hidden_size" in said
+    assert site.status("wrong")["state"] == "failed"
+
+
+def test_a_node_with_a_gpu_too_many_is_told_before_a_rank_starts(site: Site) -> None:
+    job = site.train("lonely", "--ntasks-per-node=1")
+    site.slurm.wait_for(job, "FAILED", seconds=30)
+    assert (site.slurm.job(job)["ExitCode"], site.slurm.job(job)["Restarts"]) == ("64:0", "0")
+    said = (site.folder / f"slurm-lonely-{job}.log").read_text()
+    assert "--ntasks-per-node=1: a node has 2 of the job's GPUs. Fix: ask for --ntasks-per-node=2" in said
+    assert not list(site.run_dir("lonely").glob("logs/rank-*"))
 
 
 def test_a_crash_at_every_start_is_retried_three_times(site: Site) -> None:
