@@ -270,7 +270,7 @@ def test_the_benchmark_reports_by_itself(site: Site) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("signal", ["USR1@60", "WINCH@1"])
+@pytest.mark.parametrize("signal", ["USR1@60", "CONT@1"])
 def test_the_run_goes_on_after_its_time_limit(site: Site, signal: str) -> None:
     """Slurm's own clock: limits are whole minutes, and it looks every 30 s.
 
