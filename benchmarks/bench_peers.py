@@ -150,10 +150,10 @@ def measure(
             side.ready()
         for name, side in sides.items():
             side.turn(1 if name == "matmul" else WARM_UP)
-        turns = [
-            {name: side.turn(1 if name == "matmul" else steps) for name, side in sides.items()}
-            for _ in range(arguments.turns)
-        ]
+        turns: list[dict[str, Any]] = []
+        while len(turns) < arguments.turns:
+            turns.append({name: side.turn(1 if name == "matmul" else steps) for name, side in sides.items()})
+            print(f"{shape.name}: turn {len(turns)} of {arguments.turns}", file=sys.stderr)
     seconds = {name: [median(turn[name]["seconds"]) for turn in turns] for name in names}
     peaks = {name: turns[-1][name]["peak_bytes"] for name in names}
     rows = [row_of(shape, pair, seconds, peaks) for pair in pairs]

@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from bigtfm.resilience.lifeline import die_with
 from peers.turns import Enough, Turns
 from peers.workload import WORKLOADS, Workload
 
@@ -52,6 +53,7 @@ def products(turns: Turns) -> None:
 
 def main() -> None:
     name, shape, folder, read, write = sys.argv[1:]
+    die_with(os.getppid())
     turns = Turns(os.fdopen(int(read)), os.fdopen(int(write), "w"))
     with suppress(Enough):
         run(name, WORKLOADS[shape], Path(folder), turns)
