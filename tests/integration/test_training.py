@@ -154,7 +154,8 @@ def test_every_optimizer_learns_resumes_and_agrees_between_stages(
     for part, stage in enumerate(stages, start=1):
         steps = f"steps={8 * part // len(stages)}"
         run_dir = trained(tmp_path, tiny_data, json_file(stage), steps, world_size=2, name="parts")
-    assert losses(run_dir) == pytest.approx(whole, abs=2e-5)
+    tolerance = 1e-4 if kind == "Muon" else 2e-5  # its Newton-Schulz iteration computes in bf16
+    assert losses(run_dir) == pytest.approx(whole, abs=tolerance)
     assert whole[-1] < whole[0] - 0.02
 
 
@@ -215,6 +216,10 @@ def test_bf16_agrees_between_stages(tmp_path: Path, tiny_data: Path, deepspeed_j
 
 
 def test_fp16_is_refused_where_there_is_none(tmp_path: Path, tiny_data: Path, deepspeed_json: Json) -> None:
+    import torch
+
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():  # what DeepSpeed asks
+        pytest.skip("this CPU computes in fp16")
     finished = train(tmp_path, tiny_data, deepspeed_json(fp16={"enabled": True}), "steps=2")
     assert finished.code == 64
     assert "fp16 is not supported on this device (cpu)" in finished.output
