@@ -148,11 +148,16 @@ def test_a_cut_cable_cuts(wired: Cluster) -> None:
         inside = ["nsenter", "-t", str(wired.nodes["n2"].first), "-n", "sh", "-c", connect]
         return subprocess.run(inside).returncode == 0
 
-    assert reaches()
+    def reaches_soon() -> bool:
+        return any(
+            reaches() for _ in range(15)
+        )  # a busy machine, or neighbours that look for each other anew
+
+    assert reaches_soon()
     wired.cable("n2", plugged=False)
     assert not reaches()
     wired.cable("n2", plugged=True)
-    assert reaches()
+    assert reaches_soon()
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
