@@ -593,6 +593,65 @@ def plan(
 
 
 @app.command()
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(help="TOML file of the space, the method and the number of trials.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the trials and results; what is there is not trained again.")
+    ] = Path("runs/sweep"),
+    jobs: Annotated[int, typer.Option(min=1, help="Number of trials that are trained at a time.")] = 1,
+    due: Annotated[
+        bool,
+        typer.Option(
+            "--due",
+            help="Train nothing: print the trials that a cluster is to train next, or make the report when "
+            "none is left (slurm/sweep.sbatch).",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, not tables.")] = False,
+) -> None:
+    """Search hyper-parameters of both files.
+
+    Each trial is a run of its own; of those, the promising may go on (successive halving). A trial that
+    diverges, crashes or runs out of memory is a result. Leaves sweep.csv, pictures, best.toml and best.json.
+    """
+    from bigtfm.sweep.command import next_trials
+    from bigtfm.sweep.command import sweep as run
+
+    if due:
+        print(next_trials(file, out), end="")
+    else:
+        run(file, out, jobs=jobs, as_json=as_json)
+
+
+@app.command("lr-range")
+def lr_range(
+    deepspeed_config: DeepSpeedFile,
+    config: RunConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run, the picture and the result.")] = Path(
+        "runs/lr-range"
+    ),
+    steps: Annotated[int, typer.Option(min=20, help="Optimizer steps of the whole range.")] = 200,
+    min_lr: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 1e-6,
+    max_lr: Annotated[float, typer.Option(help="Learning rate of the last step.")] = 1.0,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of the run, one a GPU.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not sentences.")] = False,
+) -> None:
+    """Find the range of learning rates that train.
+
+    One run whose lr grows exponentially until the loss is back where it began; a picture, and an lr to try.
+    """
+    from bigtfm.sweep.lr_range import lr_range as run
+
+    found = run(
+        config, deepspeed_config, overrides or [], out, steps=steps, lrs=(min_lr, max_lr), ranks=ranks
+    )
+    print(json.dumps(found.record) if as_json else found.words)
+
+
+@app.command()
 def doctor(
     run: Annotated[
         Path | None, typer.Option(help="Run directory to look into. Default: none, but this machine.")

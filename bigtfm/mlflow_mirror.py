@@ -80,6 +80,7 @@ def start(
     name: str,
     params: Mapping[str, Any],
     artifacts: Sequence[str] = (),
+    children: Sequence[str] = (),
 ) -> Mirror:
     """Start mirroring a run; takes milliseconds whatever the state of the server.
 
@@ -89,6 +90,7 @@ def start(
         experiment, name: MLflow experiment and run name.
         params: nested mappings; their leaves become MLflow params with dotted names.
         artifacts: names of files in `run_dir` to upload (those that exist) besides metrics.jsonl, curve.png.
+        children: ids of MLflow runs of the same experiment that are shown below this one.
     """
     uri = _absolute(uri)
     before = read_json(run_dir / "tracking.json")
@@ -104,6 +106,7 @@ def start(
         "started": before["started"] if same else round(time.time(), 3),
         "status": "RUNNING",
         "artifacts": list(artifacts),
+        "children": list(children),
         "params": _flat(params),
     }
     write_json(run_dir / "tracking.json", target)

@@ -103,6 +103,8 @@ class Sender:
     def close(self) -> None:
         """Send what stands at the end of a run only, and say how it ended."""
         self._upload((*self._target["artifacts"], *_LAST_ARTIFACTS))
+        for child in self._target.get("children", ()):
+            self._client.set_tag(child, "mlflow.parentRunId", self._progress["run_id"])
         status = read_json(self._run_dir / "tracking.json")["status"]
         written = [self._run_dir / name for name in ("tracking.json", "metrics.jsonl")]
         ended = max(path.stat().st_mtime for path in written if path.exists())  # a sync may come days later

@@ -250,7 +250,7 @@ def _draw_losses(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> No
     every = max(1, len(steps) // 4000)  # more points than the picture has pixels only blacken it
     axes.plot(steps[::every], losses[::every], color=_RAW, linewidth=0.8)
     label = f"training {losses[-1]:.3f}" if losses else "training"
-    axes.plot(steps[::every], _smoothed(losses)[::every], color=_SMOOTH, linewidth=1.8, label=label)
+    axes.plot(steps[::every], smoothed(losses)[::every], color=_SMOOTH, linewidth=1.8, label=label)
 
 
 def _draw_evaluations(axes: Any, evaluations: list[tuple[int, float, float]], baseline: float | None) -> None:
@@ -273,7 +273,7 @@ def _unigram_bits_per_byte(run_dir: Path) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Mean over the neighbours on both sides, blind to NaN.
 
     2 % of the points each side; fewer near the start, where the curve is steep.

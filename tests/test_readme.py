@@ -53,6 +53,8 @@ RUN = {
     "h100-80g data.path=none model.vocab_size=50257": AS_IT_STANDS,
     "bigtfm plan --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml --gpus 2 "
     "--gpu cpu --search --write found.json": AS_IT_STANDS,
+    "bigtfm lr-range --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml --out "
+    "runs/lr-range": "{} --steps 20 --min-lr 1e-4",
     "bigtfm doctor": "{} || test $? = 1",  # whatever is wrong with this machine
     "bigtfm doctor --run runs/mine": AS_IT_STANDS,
     "bigtfm export runs/mine best.safetensors --best --dtype bf16": AS_IT_STANDS,
@@ -76,6 +78,8 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "CONFIG=configs/llama_1b.toml DEEPSPEED_CONFIG=ds_configs/zero2_bf16.json "
     "OVERRIDES='data.path=data/mine' sbatch --job-name=llama --nodes=4 slurm/train.sbatch": "needs Slurm",
     "bigtfm bench --runs runs/bench-1234 --out runs/bench-1234": "needs the runs of a Slurm job",
+    "bigtfm sweep my_sweep.toml --out runs/search --jobs 2": "trains for minutes; tests/sweep/ runs sweeps",
+    "SPACE=my_sweep.toml OUT=runs/search bash slurm/sweep.sbatch": "needs Slurm",
     "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub",
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "

@@ -16,19 +16,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 from bigtfm.config.sections import Backend, Section
-
-S = TypeVar("S", bound=Section)
+from bigtfm.config.strict_toml import read_toml, validated
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 LISTS = ("overrides",)  # of a cell: a list there is one value, a list of lists an axis
@@ -195,7 +193,7 @@ def load_matrix(path: Path) -> Matrix:
     Raises:
         ConfigProblem: it can't be read, or a key or value in it is wrong.
     """
-    values = _read(path)
+    values = read_toml(path, "pass one that is there, for example benchmarks/matrices/quick.toml")
     for name in values.keys() - {"name", "data", "measure", "grid"}:
         raise ConfigProblem(
             f"unknown key '{name}'",
@@ -208,7 +206,7 @@ def load_matrix(path: Path) -> Matrix:
             raise ConfigProblem(
                 f"{key} must be a string, not {shown(value)}", where=str(path), fix="quote it"
             )
-    measure = _validated(Measure, values.get("measure", {}), f"{path}: [measure]")
+    measure = validated(Measure, values.get("measure", {}), f"{path}: [measure]")
     grids = values.get("grid", [])
     if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
         raise ConfigProblem("it has no [[grid]]", where=str(path), fix="write [[grid]] and the axes below it")
@@ -216,7 +214,8 @@ def load_matrix(path: Path) -> Matrix:
     for number, grid in enumerate(grids, 1):
         title = str(grid.pop("name", f"grid {number}"))
         cells += [
-            (title, _validated(Cell, point, f"{path}: [[grid]] {number}")) for point in _product(grid, path)
+            (title, validated(Cell, point, f"{path}: [[grid]] {number}", ("name",)))
+            for point in _product(grid, path)
         ]
     return Matrix(path, name, data, measure, tuple(cells))
 
@@ -240,16 +239,6 @@ def _axis(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        fix = "pass one that is there, for example benchmarks/matrices/quick.toml"
-        raise ConfigProblem("no such file", where=str(path), fix=fix) from None
-    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
-        raise ConfigProblem(f"can't be read: {error}", where=str(path), fix="pass a TOML file") from None
-
-
 def _text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -257,24 +246,6 @@ def _text(path: str) -> str:
         raise ConfigProblem(
             f"can't be read: {error}", where=path, fix="name a run config in `model`"
         ) from None
-
-
-def _validated(kind: type[S], values: Any, where: str) -> S:
-    if not isinstance(values, dict):
-        raise ConfigProblem(f"it must be a table, not {shown(values)}", where=where, fix="write key = value")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            what, fix = f"unknown key '{name}'", did_you_mean(name, ("name", *kind.model_fields))
-        elif first["type"] == "value_error":
-            what, fix = first["ctx"]["error"].args
-        else:
-            what = f"{name} can't be {shown(first['input'])}: {first['msg']}"
-            fix = f"{name} is: {kind.model_fields[name].description}"
-        raise ConfigProblem(what, where=where, fix=fix) from None
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class DeepSpeedConfig:
         params = self.scheduler_params
         if "total_num_steps" not in params:
             return 0
-        number: int = params["warmup_num_steps"] + params.get("decay_num_steps", 0)
+        number: int = params.get("warmup_num_steps", 0) + params.get("decay_num_steps", 0)
         return number
 
     @property

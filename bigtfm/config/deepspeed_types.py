@@ -143,6 +143,7 @@ SCHEDULERS: dict[str, Table] = {
         "lr_range_test_staircase": flag(default=False),
         "last_batch_iteration": only(-1, "bigtfm resumes the schedule by itself"),
     },
+    "ExponentialRange": {"max_lr": number(above=0, required=True), "total_num_steps": _TOTAL},
     "InverseSquareRoot": {"warmup_num_steps": integer(0, required=True)},
     "WSD": {
         "total_num_steps": _TOTAL,

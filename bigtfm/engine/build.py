@@ -22,7 +22,7 @@ from bigtfm.config.sections import ComputeSection
 from bigtfm.engine import fragments, schedules
 from bigtfm.model.transformer import compile_blocks, init_weights
 
-OWN_SCHEDULES = {"InverseSquareRoot", "WSD", "ReduceOnPlateau"}
+OWN_SCHEDULES = {"ExponentialRange", "InverseSquareRoot", "WSD", "ReduceOnPlateau"}
 
 
 def build_engine(

@@ -126,6 +126,18 @@ def WSD(
     return Schedule(optimizer, lr, multiplier)
 
 
+def ExponentialRange(optimizer: Optimizer, lr: float, max_lr: float, total_num_steps: int) -> Schedule:
+    """From `lr` at update 1 to `max_lr` at update total_num_steps, each update's lr the same factor above the
+    one before: the range test of Smith 2017, "Cyclical learning rates for training neural networks".
+
+    Raises:
+        ConfigProblem: a value is out of range.
+    """
+    _require(max_lr > lr, "max_lr", f"must be above lr {lr}, not {max_lr}")
+    _require(total_num_steps > 1, "total_num_steps", f"must be 2 or more, not {total_num_steps}")
+    return Schedule(optimizer, lr, lambda step: (max_lr / lr) ** ((step - 1) / (total_num_steps - 1)))
+
+
 class ReduceOnPlateau(Schedule):
     """Linear warm-up to `lr`, then times `factor` whenever the validation loss stops falling.
 

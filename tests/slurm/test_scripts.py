@@ -89,6 +89,35 @@ def test_a_run_is_fine_tuned_and_looked_at(site: Site) -> None:
     assert site.rows("tuned")[0]["loss"] < site.rows("first")[0]["loss"] - 0.1  # it began with those weights
 
 
+def test_a_sweep_is_an_array_a_rung(site: Site) -> None:
+    """Four trials on two ranks each, two of which go on, then one; one diverges. The report is the end."""
+    folder = site.folder
+    words = [word for word in site.overrides() if "run.steps" not in word]
+    (folder / "space.toml").write_text(
+        'deepspeed_config = "ds.json"\nmethod = "halving"\ntrials = 4\neta = 2\nsteps = 8\nranks = 2\n'
+        f"overrides = {json.dumps(words)}\n"
+        '[space]\n"optimizer.params.lr" = [1e-4, 3e-3, 1e-3, 1e30]\n'
+    )
+    environ = {
+        "SPACE": "space.toml",
+        "OUT": "runs/search",
+        "OPTIONS": "--gpus-per-node=2 --ntasks-per-node=2 --cpus-per-task=1 --time=10",
+        "PYTHONPATH": str(ROOT),
+        "SETUP": f"PATH={ROOT}/.venv/bin:$PATH",
+    }
+    site.slurm.run("bash", "slurm/sweep.sbatch", cwd=folder, environ=environ)
+    out = folder / "runs" / "search"
+
+    def said() -> str:
+        return "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in sorted(out.glob("*.log")))
+
+    wait_until((out / "best.json").exists, 300, said)
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [len([row for row in rows if row["rung"] == rung]) for rung in range(3)] == [4, 2, 1], rows
+    assert [row["exit_code"] for row in rows if row["value"] is None] == [70], rows
+    assert rows[-1]["steps"] == 8
+
+
 def stand_in(folder: Path, name: str, body: str) -> None:
     """A program of that name, which notes its command line and then does `body`."""
     (folder / "bin").mkdir(exist_ok=True)

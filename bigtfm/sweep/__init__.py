@@ -1,0 +1,1 @@
+"""Hyper-parameters: many short trainings, of which the promising go on; and the range of learning rates."""
