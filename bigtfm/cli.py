@@ -346,6 +346,64 @@ def _given(context: typer.Context) -> list[str]:
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
+@app.command()
+def inspect(
+    run_dir: RunDirectory,
+    text: Annotated[
+        str,
+        typer.Option(help="What the model reads; of an encoder, with masks or sentinels as in --prompt."),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What the decoder of an encoder_decoder reads. Default: what the model answers, greedily."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of that answer, where no --target is given.")
+    ] = 50,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Blocks whose attention is shown, numbered from 0, such as 0,2-3. Default: all."),
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads whose attention is shown, numbered likewise. Default: all.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the page and the pictures. Default: RUN/inspect.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer step of the checkpoint. Default: the newest.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="Take the checkpoint of the best evaluation.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not plain text.")] = False,
+) -> None:
+    """Show what a model does inside while it reads a text.
+
+    Attention maps and rollout, the loss of each token, the logit lens, norms of neurons and gradients by
+    layer: as one HTML page, as PNGs, and the maps as tensors.
+    """
+    from bigtfm.inspection.command import inspect as run
+    from bigtfm.inspection.command import told
+    from bigtfm.inspection.report import to_json
+
+    found = run(
+        run_dir,
+        text,
+        target=target,
+        max_new_tokens=max_new_tokens,
+        layers=layers,
+        heads=heads,
+        out=out,
+        step=step,
+        best=best,
+    )
+    if as_json:
+        print(json.dumps(to_json(found.report) | {"files": [str(path) for path in found.files]}))
+    else:
+        print(told(found))
+
+
 Compare = Annotated[
     bool,
     typer.Option(

@@ -47,11 +47,11 @@ def export(
     for _ in range(TRIES - 1):
         seen = _last_change(run_dir)
         try:
-            return _write(_chosen(run_dir, step, best), out, dtype)
+            return _write(chosen(run_dir, step, best), out, dtype)
         except (NoCheckpoint, FileNotFoundError):
             if _last_change(run_dir) == seen:  # else a training saved and pruned what was being read
                 raise
-    return _write(_chosen(run_dir, step, best), out, dtype)
+    return _write(chosen(run_dir, step, best), out, dtype)
 
 
 def _require_place(out: Path, checkpoints: Path, force: bool) -> None:
@@ -82,8 +82,13 @@ def _write(folder: Path, out: Path, dtype: str) -> str:
     return f"{out}: {len(shapes)} tensors, {out.stat().st_size:,} bytes of {dtype}, step {metadata['step']}"
 
 
-def _chosen(run_dir: Path, step: int | None, best: bool) -> Path:
-    """The checkpoint that was asked for, verified."""
+def chosen(run_dir: Path, step: int | None, best: bool) -> Path:
+    """The checkpoint of that step, of the best evaluation, or the newest; verified.
+
+    Raises:
+        ConfigProblem: both are asked for.
+        NoCheckpoint: it is not there, or damaged.
+    """
     root = run_dir / "checkpoints"
     if step is not None and best:
         raise ConfigProblem("--step and --best at once", where="command line", fix="pass one of them")

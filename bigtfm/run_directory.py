@@ -22,6 +22,7 @@ from bigtfm.engine import checkpoint
 from bigtfm.engine.distributed import Ranks
 from bigtfm.engine.probe import Probe, require_same
 from bigtfm.evaluate import unigram_bits_per_byte
+from bigtfm.export import chosen
 from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
@@ -165,7 +166,7 @@ def _copy(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a run's newest checkpoint says of its model."""
+    """What a run's checkpoint says of its model."""
 
     checkpoint: Path
     run: RunConfig  # [model], [objective] and data.seq_len
@@ -173,20 +174,16 @@ class SavedRun:
     tokenizer: Tokenizer | None  # None: the run directory has none
 
 
-def saved_run(run_dir: Path) -> SavedRun:
-    """Reads it; nothing is built.
+def saved_run(run_dir: Path, step: int | None = None, best: bool = False) -> SavedRun:
+    """Reads it, of the checkpoint that `bigtfm.export.chosen` finds; nothing is built.
 
     Raises:
-        NoCheckpoint: there is none, or none verifies, or its state is damaged.
+        ConfigProblem, NoCheckpoint: as `chosen`; or its state is damaged.
         DataProblem: the tokenizer is damaged, or another's.
     """
-    newest = checkpoint.newest(run_dir / "checkpoints")
-    if newest is None:
-        raise NoCheckpoint(
-            "no checkpoint", where=str(run_dir), fix="pass the directory of a run that has saved one"
-        )
+    found = chosen(run_dir, step, best)
     try:
-        saved = checkpoint.read_state(newest)["progress"]["identity"]
+        saved = checkpoint.read_state(found)["progress"]["identity"]
         run = RunConfig(
             model=ModelSection.model_validate(saved["model"]),
             data=DataSection(seq_len=saved["data"]["seq_len"]),
@@ -199,7 +196,7 @@ def saved_run(run_dir: Path) -> SavedRun:
         lack = f"it lacks {error}" if isinstance(error, KeyError) else "a value has the wrong type"
         why = ": ".join(filter(None, finding(error))) if isinstance(error, ValidationError) else lack
         raise NoCheckpoint(
-            f"state.json describes no model: {why}", where=str(newest), fix="use a run of this version"
+            f"state.json describes no model: {why}", where=str(found), fix="use a run of this version"
         ) from None
     tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").exists() else None
     if tokenizer is not None and tokenizer.identity != identity:
@@ -208,7 +205,7 @@ def saved_run(run_dir: Path) -> SavedRun:
             where=str(run_dir / "tokenizer"),
             fix="put the one of the run's data set back",
         )
-    return SavedRun(newest, run, vocab_size, tokenizer)
+    return SavedRun(found, run, vocab_size, tokenizer)
 
 
 def finding(error: ValidationError) -> tuple[str, str]:
@@ -218,15 +215,17 @@ def finding(error: ValidationError) -> tuple[str, str]:
     return ".".join(map(str, first["loc"])), str(said)
 
 
-def open_run(run_dir: Path) -> tuple[LanguageModel, Tokenizer, SpecialIds]:
-    """The model of the newest checkpoint (fp32, evaluation mode), its tokenizer and the ids it works with.
+def open_run(
+    run_dir: Path, step: int | None = None, best: bool = False
+) -> tuple[LanguageModel, Tokenizer, SpecialIds]:
+    """The model of a checkpoint (fp32, evaluation mode), its tokenizer and the ids it works with.
 
     Without DeepSpeed.
 
     Raises:
-        NoCheckpoint, DataProblem: as saved_run; the tokenizer is missing.
+        ConfigProblem, NoCheckpoint, DataProblem: as saved_run; the tokenizer is missing.
     """
-    saved = saved_run(run_dir)
+    saved = saved_run(run_dir, step, best)
     try:
         model = make_model(saved.run.model, saved.vocab_size, objective=saved.run.objective)
     except (TypeError, ValueError, RuntimeError) as error:

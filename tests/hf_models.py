@@ -142,3 +142,30 @@ def randomise(model: Any) -> None:
         for tensor in trained + buffers:
             around = 1.0 if tensor.dim() == 1 and bool((tensor == 1).all()) else 0.0  # a norm's weight
             tensor.copy_(torch.randn_like(tensor) * 0.2 + around)
+
+
+def both(name: str, folder: Path, **loading: Any) -> tuple[Any, Any]:
+    """The model as transformers has it, and as ours."""
+    import torch
+    import transformers
+
+    from bigtfm.huggingface import config as hf_config
+    from bigtfm.huggingface.files import TensorFiles, plan_import, read_json
+    from bigtfm.huggingface.mapping import Conversion
+    from bigtfm.model.families import make_model
+
+    folder = make(name, folder)
+    theirs = getattr(transformers, MODELS[name][2]).from_pretrained(folder, **loading).eval()
+    theirs.generation_config = transformers.GenerationConfig()  # none of the architecture's own
+    files, config = TensorFiles(folder), read_json(folder / "config.json")
+    architecture, section = (
+        hf_config.architecture_of(config),
+        hf_config.to_model_section(config, files.shapes),
+    )
+    size = config["vocab_size"]
+    conversion = Conversion(architecture, section, size, size, architecture.position_offset(config))
+    plan, ours = plan_import(files, config, conversion), make_model(section, size)
+    with torch.no_grad():
+        for parameter_name, parameter in ours.named_parameters():
+            parameter.copy_(plan.read(parameter_name, files))
+    return theirs, ours

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 import torch.nn.functional as F
 
+from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
+from bigtfm.data.special import special_ids
+from bigtfm.data.tokenizer import load_tokenizer
+from bigtfm.engine.checkpoint import Progress
+from bigtfm.engine.weights import save_weights
 from bigtfm.model.families import make_model
 from bigtfm.model.transformer import init_weights
 
@@ -38,6 +45,27 @@ def make(kind, *, seed=0, recompute="none", attention="sdpa", objective=None, **
     model = make_model(config, VOCAB, seed=seed, objective=objective, compute=compute)
     init_weights(model)
     return model
+
+
+def save_run(folder, tokenizer_path, kind, objective=None, **shape):
+    """A run directory of a random model, with a tokenizer and a checkpoint of step 0."""
+    shutil.copytree(tokenizer_path, folder / "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_path)
+    model = ModelSection(**{**SMALL, **KINDS[kind], "init_std": 0.5, **shape})
+    run = RunConfig(model=model, objective=ObjectiveSection(kind=objective))
+    size = special_ids(tokenizer, run).vocab_size
+    identity = {
+        "model": {**run.model.model_dump(mode="json"), "vocab_size": size},
+        "objective": {**run.objective.model_dump(mode="json"), "kind": run.objective_kind},
+        "tokenizer": tokenizer.identity,
+        "data": {"seq_len": run.seq_len},
+    }
+    made = make_model(run.model, size)
+    init_weights(made)
+    weights = dict(made.named_parameters())
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    tensors = ((name, weight.detach()) for name, weight in weights.items())
+    save_weights(folder / "checkpoints", shapes, tensors, Progress(identity=identity))
 
 
 def packed(lengths, generator):

@@ -58,6 +58,18 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--num-return-sequences": 1,
         "--json": False,
     },
+    "inspect": {
+        "--run": REQUIRED,
+        "--text": REQUIRED,
+        "--target": None,
+        "--max-new-tokens": 50,
+        "--layers": None,
+        "--heads": None,
+        "--out": None,
+        "--step": None,
+        "--best": False,
+        "--json": False,
+    },
     "import-hf": {"DIR_OR_NAME": REQUIRED, "out": REQUIRED, "--vocab-size": None, "--compare": True},
     "export-hf": {"run_dir": REQUIRED, "out": REQUIRED, "--architecture": None, "--compare": True},
     "export": {

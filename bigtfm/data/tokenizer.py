@@ -41,6 +41,7 @@ _SEGMENT_START = re.compile(rb"\n|(?<! ) ")
 _NEEDS_BYTES = re.compile(
     f"[{WORD_MARK}\udc80-\udcff]+"
 )  # surrogates: bytes that are no UTF-8 ("surrogateescape")
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>")
 
@@ -81,6 +82,9 @@ class Tokenizer(Protocol):
 
     def word_starts(self) -> npt.NDArray[np.bool_]:
         """Whether a token begins a word; a blank or line end belongs to the word behind it: [vocab_size]."""
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes | str]:
+        """What each token stands for inside a text: its bytes or, where it stands for none, its name."""
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -226,6 +230,15 @@ class SentencePieceTokenizer:
     def word_starts(self) -> npt.NDArray[np.bool_]:
         return np.array([_begins_word(self._processor.id_to_piece(i)) for i in range(self.vocab_size)])
 
+    def pieces(self, ids: Iterable[int]) -> list[bytes | str]:
+        return [self._piece(int(i)) for i in ids]
+
+    def _piece(self, token: int) -> bytes | str:
+        name: str = self._processor.id_to_piece(token)
+        if match := _BYTE_PIECE.fullmatch(name):
+            return bytes([int(match[1], 16)])
+        return self._bytes[token] or name
+
     def encode(self, text: str | bytes) -> list[int]:
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         ids: list[int] = self.encode_batch([data])[0].tolist()
@@ -314,7 +327,7 @@ class HuggingFaceTokenizer:
     def word_starts(self) -> npt.NDArray[np.bool_]:
         parts = json.loads(self._model)
         prefix = parts["model"].get("continuing_subword_prefix")  # WordPiece's ##
-        byte_level = '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
+        byte_level = _is_byte_level(parts)
         table = np.zeros(self.vocab_size, np.bool_)
         for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if parts["model"]["type"] == "WordLevel":
@@ -324,6 +337,27 @@ class HuggingFaceTokenizer:
             else:
                 table[i] = piece.startswith(BYTE_LEVEL_BLANKS) if byte_level else _begins_word(piece)
         return table
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes | str]:
+        parts, special = json.loads(self._model), self.special
+        prefix = parts["model"].get("continuing_subword_prefix")  # WordPiece's ##
+        table = _byte_level_table() if _is_byte_level(parts) else None
+        pieces: list[bytes | str] = []
+        for i in map(int, ids):
+            piece = self._tokenizer.id_to_token(i) or f"<{i}>"
+            if i in special:
+                pieces.append(piece)
+            elif table is not None:
+                pieces.append(b"".join(table.get(c, c.encode()) for c in piece))
+            elif prefix:
+                pieces.append(
+                    (piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}").encode()
+                )
+            elif match := _BYTE_PIECE.fullmatch(piece):
+                pieces.append(bytes([int(match[1], 16)]))
+            else:
+                pieces.append(piece.replace(WORD_MARK, " ").encode("utf-8", "replace"))
+        return pieces
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -351,6 +385,20 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: Path) -> None:
         _write(self.files, directory)
+
+
+def _is_byte_level(parts: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json writes every byte as a character of its own."""
+    return '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
+
+
+def _byte_level_table() -> dict[str, bytes]:
+    """Character -> byte: Latin-1's visible ones as they are, the others from U+0100 on (GPT-2's code)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): bytes([byte]) for byte in visible} | {
+        chr(0x100 + n): bytes([byte]) for n, byte in enumerate(others)
+    }
 
 
 def segments(data: bytes, target: int) -> Iterator[bytes]:

@@ -104,9 +104,7 @@ def _write(
         ids = [[special.bos, *tokenizer.encode(text)] for text in prompts]
     else:
         ids = [_read(text, number, tokenizer, special) for number, text in enumerate(prompts, start=1)]
-        start = [special.start]
-        if special.mask is not None and special.writes_bos:  # infilling
-            start.append(special.bos)
+        start = decoder_lead(special)
     common = {"max_new_tokens": settings.max_new_tokens, "start": start, "eos_id": special.eos}
     for text, found in zip(prompts, _found(model, ids, common, settings), strict=True):
         for tokens, score in found:
@@ -149,26 +147,45 @@ def _lead(special: SpecialIds) -> list[int]:
     return [special.bos] if special.bos != special.eos else []
 
 
+def decoder_lead(special: SpecialIds) -> list[int]:
+    """What an encoder-decoder's decoder reads first."""
+    infilling = special.mask is not None
+    return [special.start, *([special.bos] if infilling and special.writes_bos else [])]
+
+
 def _read(text: str, number: int, tokenizer: Tokenizer, special: SpecialIds) -> list[int]:
-    """The encoder's document: text with masks or sentinels, where the objective has such.
+    return encoder_document(text, f"prompt {number}", tokenizer, special)
+
+
+def encoder_document(text: str, where: str, tokenizer: Tokenizer, special: SpecialIds) -> list[int]:
+    """What an encoder reads: BOS, unless it is the token that ends documents; `marked` text; EOS."""
+    return [*_lead(special), *marked(text, where, tokenizer, special), special.eos]
+
+
+def marked(text: str, where: str, tokenizer: Tokenizer, special: SpecialIds) -> list[int]:
+    """Ids of text with masks or sentinels, where the objective has such.
 
     A blank before one belongs to what it stands for: tokenizers join a blank to the word behind it.
+
+    Raises:
+        ConfigProblem: a sentinel is unknown; `where` is the text's name.
     """
-    ids, end = _lead(special), 0
+    ids: list[int] = []
+    end = 0
     for match in _MARK.finditer(text):
-        marked = special.mask if match[1] is None else _sentinel(int(match[1]), number, special)
-        if marked is not None:
-            ids += [*tokenizer.encode(text[end : match.start()]), marked]
+        mark = special.mask if match[1] is None else _sentinel(int(match[1]), where, special)
+        if mark is not None:
+            ids += [*tokenizer.encode(text[end : match.start()]), mark]
             end = match.end()
-    return [*ids, *tokenizer.encode(text[end:]), special.eos]
+    return [*ids, *tokenizer.encode(text[end:])]
 
 
-def _sentinel(place: int, number: int, special: SpecialIds) -> int | None:
+def _sentinel(place: int, where: str, special: SpecialIds) -> int | None:
     if not special.sentinels:
         return None
     if place >= len(special.sentinels):
         fix = f"use <extra_id_0> to <extra_id_{len(special.sentinels) - 1}>"
-        raise ConfigProblem(f"<extra_id_{place}> is unknown", where=f"prompt {number}", fix=fix)
+        raise ConfigProblem(f"<extra_id_{place}> is unknown", where=where, fix=fix)
     return special.sentinels[place]
 
 

@@ -55,6 +55,7 @@ def attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     dropout: AttentionDropout | None = None,
+    weights_to: list[Tensor] | None = None,
     backend: Backend = "sdpa",
 ) -> Tensor:
     """Attention within each document: q [Tq, H, D], k and v [Tk, K, D] -> [Tq, H, D].
@@ -67,13 +68,15 @@ def attention(
     bias: [H, Q, S], added to the scaled score of query i and key j of a document; Q and S are at least the
         longest lengths. It gets a gradient if it requires one.
     dropout: the reference backend's alone, since kernels draw numbers that depend on the batch.
+    weights_to: gets the attention weights, as in `attention_reference`, which computes then: no kernel shows
+        them.
     """
     assert keys is None or (not causal and window is None), "cross-attention sees all of the key document"
     assert dropout is None or backend == "reference", "only the reference drops attention weights"
-    if backend == "reference" or not len(q):  # most kernels refuse zero tokens
+    if backend == "reference" or weights_to is not None or not len(q):  # most kernels refuse zero tokens
         return attention_reference(
             q, k, v, documents=documents, keys=keys, causal=causal, window=window, scale=scale, bias=bias,
-            dropout=dropout,
+            dropout=dropout, weights_to=weights_to,
         )  # fmt: skip
     keys = keys or documents
     if not groups_by_length(backend):
@@ -243,11 +246,15 @@ def attention_reference(
     scale: float | None = None,
     bias: Tensor | None = None,
     dropout: AttentionDropout | None = None,
+    weights_to: list[Tensor] | None = None,
 ) -> Tensor:
     """`attention` as the formula is written, in fp32, or in fp64 for such tensors: the yardstick of tests.
 
     It holds all scores of a run of documents at once. It alone drops attention weights, after the softmax, as
     Vaswani et al. 2017 and the models that follow them do.
+
+    weights_to: for each run of neighbouring documents of equal length the weights [B, H, Q, S], before any is
+        dropped, are appended to it.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     group, dtype = q.shape[1] // k.shape[1], q.dtype
@@ -269,6 +276,8 @@ def attention_reference(
         if hidden is not None:
             scores = scores.masked_fill(hidden, -math.inf)
         weights = scores.softmax(-1)
+        if weights_to is not None:
+            weights_to.append(weights)
         if drop is not None:
             weights = _drop(weights, drop)
         out.append(torch.einsum("bhqs,bshd->bqhd", weights, v_row))

@@ -11,7 +11,7 @@ from torch import Tensor
 from bigtfm.model.attention import Documents
 from bigtfm.model.cross_entropy import IGNORE
 from bigtfm.model.heads import LanguageModel, MaskedHead, NextSentence
-from bigtfm.model.transformer import Stack
+from bigtfm.model.transformer import AttentionMaps, Stack
 
 
 class BERT(LanguageModel):
@@ -73,6 +73,7 @@ class BERT(LanguageModel):
         *,
         token_keys: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        maps: AttentionMaps | None = None,
     ) -> Tensor:
         """Features [T, C] behind the last block (and norm); arguments as in `forward`."""
         out: Tensor = self.encoder(
@@ -81,6 +82,7 @@ class BERT(LanguageModel):
             documents,
             token_keys=token_keys,
             token_type_ids=token_type_ids,
+            maps=maps,
         )
         return out
 

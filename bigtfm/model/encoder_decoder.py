@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigtfm.model.attention import Documents
 from bigtfm.model.heads import LanguageModel
-from bigtfm.model.transformer import Cache, Memory, Stack
+from bigtfm.model.transformer import AttentionMaps, Cache, Memory, Stack
 
 
 class EncoderDecoder(LanguageModel):
@@ -55,9 +55,12 @@ class EncoderDecoder(LanguageModel):
         documents: Documents,
         *,
         token_keys: Tensor | None = None,
+        maps: AttentionMaps | None = None,
     ) -> Memory:
         """What the decoder attends to; arguments as in `forward`."""
-        x = self.encoder(self.embed_tokens(input_ids), position_ids, documents, token_keys=token_keys)
+        x = self.encoder(
+            self.embed_tokens(input_ids), position_ids, documents, token_keys=token_keys, maps=maps
+        )
         return Memory(x, documents, self.encoder.words(token_keys))
 
     def hidden(
@@ -69,6 +72,7 @@ class EncoderDecoder(LanguageModel):
         memory: Memory | None = None,
         token_keys: Tensor | None = None,
         cache: Cache | None = None,
+        maps: AttentionMaps | None = None,
     ) -> Tensor:
         """Features [U, C] behind the decoder's last block; the memory is given as such or in a cache."""
         out: Tensor = self.decoder(
@@ -78,6 +82,7 @@ class EncoderDecoder(LanguageModel):
             token_keys=token_keys,
             memory=memory,
             cache=cache,
+            maps=maps,
         )
         return out
 

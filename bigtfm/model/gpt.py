@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigtfm.model.attention import Documents
 from bigtfm.model.heads import LanguageModel
-from bigtfm.model.transformer import Cache, Stack
+from bigtfm.model.transformer import AttentionMaps, Cache, Stack
 
 
 class GPT(LanguageModel):
@@ -44,10 +44,11 @@ class GPT(LanguageModel):
         *,
         token_keys: Tensor | None = None,
         cache: Cache | None = None,
+        maps: AttentionMaps | None = None,
     ) -> Tensor:
         """Features [T, C] behind the last block (and norm); arguments as in `forward`."""
         x = self.embed_tokens(input_ids)
-        out: Tensor = self.decoder(x, position_ids, documents, token_keys=token_keys, cache=cache)
+        out: Tensor = self.decoder(x, position_ids, documents, token_keys=token_keys, cache=cache, maps=maps)
         return out
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, documents: Documents) -> Tensor:

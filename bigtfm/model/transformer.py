@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -73,6 +73,14 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class AttentionMaps:
+    """Where a forward of one document leaves its attention weights, a tensor [1, H, Q, S] a block."""
+
+    self_attention: list[Tensor] = field(default_factory=list)
+    cross_attention: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Packed:
     """What a block must know of its tokens besides their features."""
 
@@ -83,6 +91,7 @@ class Packed:
     words: Tensor | None = None  # [T] int32, what dropout depends on; None: no dropout
     memory: Memory | None = None
     cache: Cache | None = None
+    maps: AttentionMaps | None = None
 
 
 class SelfAttention(nn.Module):
@@ -141,6 +150,7 @@ class SelfAttention(nn.Module):
             scale=scale,
             bias=packed.bias,
             dropout=attention_dropout(self.config, words, words, SITES * self.index + 4),
+            weights_to=None if packed.maps is None else packed.maps.self_attention,
             backend=self.backend,
         )
 
@@ -187,6 +197,7 @@ class CrossAttention(nn.Module):
             keys=packed.memory.documents,
             scale=self.config.attention_scale,
             dropout=attention_dropout(self.config, packed.words, packed.memory.words, SITES * self.index + 5),
+            weights_to=None if packed.maps is None else packed.maps.cross_attention,
             backend=self.backend,
         )
 
@@ -278,8 +289,9 @@ class Stack(nn.Module):
         token_type_ids: Tensor | None = None,  # [T] int64; None: 0
         memory: Memory | None = None,
         cache: Cache | None = None,
+        maps: AttentionMaps | None = None,
     ) -> Tensor:
-        """Features [T, C]. A cache takes in keys and values."""
+        """Features [T, C]. A cache takes in keys and values, maps take in attention weights."""
         config, words = self.config, self.words(token_keys)
         x = self._embed(x, position_ids, token_type_ids)
         if words is not None:
@@ -294,6 +306,7 @@ class Stack(nn.Module):
             words=words,
             memory=memory,
             cache=cache,
+            maps=maps,
         )
         for index, block in enumerate(self.layers):
             x = _recomputed(block, index, self.recompute)(x, packed)

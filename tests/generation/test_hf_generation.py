@@ -8,34 +8,9 @@ import torch
 
 from bigtfm.generation.beam_search import beam_search
 from bigtfm.generation.sampling import generate
-from bigtfm.huggingface import config as hf_config
-from bigtfm.huggingface.files import TensorFiles, plan_import, read_json
-from bigtfm.huggingface.mapping import Conversion
-from bigtfm.model.families import make_model
 
 PROMPTS = [[11, 12, 13], [14], [15, 16, 17, 18, 19, 20, 21, 15, 16, 17, 18, 19], [22, 23]]
 NEW = 10
-
-
-def both(name, folder):
-    """The model as transformers has it, and as ours."""
-    import transformers
-
-    folder = hf_models.make(name, folder)
-    theirs = getattr(transformers, hf_models.MODELS[name][2]).from_pretrained(folder).eval()
-    theirs.generation_config = transformers.GenerationConfig()  # none of the architecture's own
-    files, config = TensorFiles(folder), read_json(folder / "config.json")
-    architecture, section = (
-        hf_config.architecture_of(config),
-        hf_config.to_model_section(config, files.shapes),
-    )
-    size = config["vocab_size"]
-    conversion = Conversion(architecture, section, size, size, architecture.position_offset(config))
-    plan, ours = plan_import(files, config, conversion), make_model(section, size)
-    with torch.no_grad():
-        for parameter_name, parameter in ours.named_parameters():
-            parameter.copy_(plan.read(parameter_name, files))
-    return theirs, ours
 
 
 def their_answers(model, prompt, eos, **options):
@@ -64,7 +39,7 @@ def their_answers(model, prompt, eos, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "t5", "t5-gated", "bart", "marian"])
 def test_answers_are_those_of_transformers(name, tmp_path):
-    theirs, ours = both(name, tmp_path)
+    theirs, ours = hf_models.both(name, tmp_path)
     greedy = generate(ours, PROMPTS, max_new_tokens=NEW, temperature=0)
     assert [tokens for tokens, _ in (their_answers(theirs, prompt, None)[0] for prompt in PROMPTS)] == greedy
     eos, ended = greedy[0][3], 0

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import pytest
-from small_models import KINDS, SMALL
+from small_models import KINDS, save_run
 
 from bigtfm.cli import app
-from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import ModelSection, ObjectiveSection
-from bigtfm.data.special import special_ids
-from bigtfm.data.tokenizer import load_tokenizer
-from bigtfm.engine.checkpoint import Progress
-from bigtfm.engine.weights import save_weights
 from bigtfm.generation.beam_search import beam_search
 from bigtfm.generation.prompts import Settings, answers
 from bigtfm.generation.sampling import generate
-from bigtfm.model.families import make_model
-from bigtfm.model.transformer import init_weights
 from bigtfm.run_directory import open_run
 
 RUNS = {"gpt": None, "bert": None, "t5": "span_corruption", "bart": "infilling"}
@@ -39,26 +30,6 @@ def runs(tmp_path_factory, tiny_data):
     for kind, objective in RUNS.items():
         save_run(folder / kind, tiny_data / "tokenizer", kind, objective)
     return folder
-
-
-def save_run(folder, tokenizer_path, kind, objective=None, **shape):
-    shutil.copytree(tokenizer_path, folder / "tokenizer")
-    tokenizer = load_tokenizer(tokenizer_path)
-    model = ModelSection(**{**SMALL, **KINDS[kind], "init_std": 0.5, **shape})
-    run = RunConfig(model=model, objective=ObjectiveSection(kind=objective))
-    size = special_ids(tokenizer, run).vocab_size
-    identity = {
-        "model": {**run.model.model_dump(mode="json"), "vocab_size": size},
-        "objective": {**run.objective.model_dump(mode="json"), "kind": run.objective_kind},
-        "tokenizer": tokenizer.identity,
-        "data": {"seq_len": run.seq_len},
-    }
-    made = make_model(run.model, size)
-    init_weights(made)
-    weights = dict(made.named_parameters())
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    tensors = ((name, weight.detach()) for name, weight in weights.items())
-    save_weights(folder / "checkpoints", shapes, tensors, Progress(identity=identity))
 
 
 @pytest.fixture

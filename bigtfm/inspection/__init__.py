@@ -1,0 +1,1 @@
+"""A look into a trained model while it reads a text: attention, losses, what its layers expect, norms."""
