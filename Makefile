@@ -152,6 +152,16 @@ slurm-packages: ## install what the tests on a real Slurm cluster need (Debian o
 	apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2 shellcheck
 
+# playwright drives the system's Chromium; it has a browser of its own only if asked to fetch one.
+BROWSER_DRIVER = playwright==1.65.2
+NO_BROWSER_DRIVER = pip could not install $(BROWSER_DRIVER). Fix: connect to the network, then repeat the command
+
+.PHONY: browser-packages
+browser-packages: setup ## install what the tests of pages in a browser need (Debian, as root)
+	apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+	  chromium-headless-shell
+	$(call phase,installing $(BROWSER_DRIVER) for the tests,$(PIP) '$(BROWSER_DRIVER)',$(NO_BROWSER_DRIVER))
+
 .PHONY: check
 check: setup ## format, lint, types, import layers and the fast tests
 	@$(BIN)/ruff format --check --quiet . || { echo "Fix: make format" >&2; exit 1; }

@@ -45,6 +45,12 @@ RUN = {
     'bigtfm generate --run runs/bert --prompt "The <mask> of the Union" --json --top-k 10': AS_IT_STANDS,
     'bigtfm generate --run runs/t5 --prompt "The state of the <extra_id_0> is <extra_id_1>." '
     "--num-beams 4": AS_IT_STANDS,
+    'bigtfm inspect --run runs/mine --text "My fellow Americans, the state of our Union is strong."': (
+        AS_IT_STANDS
+    ),
+    'bigtfm inspect --run runs/t5 --text "The state of the <extra_id_0> is strong." --layers 0-1 --json': (
+        AS_IT_STANDS
+    ),
     "bigtfm export runs/mine mine.safetensors": AS_IT_STANDS,
     "bigtfm bench --matrix benchmarks/matrices/quick.toml --out runs/quick": "printf "
     "'[measure]\\nsteps = 3\\n[[grid]]\\n' > benchmarks/matrices/quick.toml; {} --mlflow ''",
@@ -211,6 +217,7 @@ def test_the_commands_do_what_the_text_says(clone: Path) -> None:
     assert generated.startswith("Once upon a time")
     filled = next(text for command, text in printed.items() if "runs/bert" in command and "--json" in command)
     assert len(json.loads(filled)["masks"][0]) == 10
+    assert (clone / "runs/mine/inspect/inspect.html").is_file()
     assert (clone / "mine-hf/model.safetensors").is_file()
     assert (clone / "runs/again/run.toml").is_file()
     checked = next(text for command, text in printed.items() if "check" in command and "--json" in command)

@@ -3,7 +3,7 @@
 // Words come from texts that nobody has checked: they are only ever set as textContent.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const state = { kind: 0, layer: 0, view: "0", scale: "map", row: null, side: data.last, norm: "features" };
+const state = { kind: 0, layer: 0, view: "0", scale: "row", row: null, side: data.last, norm: "features" };
 
 function make(tag, parent, text = "", className = "") {
   const element = document.createElement(tag);
@@ -20,13 +20,21 @@ const short = (x) => (x === 0 ? "0" : x >= 1e5 || x < 1e-3 ? x.toExponential(1) 
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-let ramps = {};
+const ramps = {}, tables = {}; // a ramp's three colours; 1024 of its colours as pixels
 function readColours() {
-  for (const name of ["map", "loss"]) ramps[name] = [0, 1, 2].map((n) => rgb(css(`--${name}-${n}`)));
+  for (const name of ["map", "loss"]) {
+    ramps[name] = [0, 1, 2].map((n) => rgb(css(`--${name}-${n}`)));
+    tables[name] = Uint32Array.from({ length: 1024 }, (_, n) => new Uint32Array(new Uint8Array([...colour(name, n / 1023), 255]).buffer)[0]);
+  }
 }
 function colour(name, share) {
   const t = 2 * Math.min(1, Math.max(0, share)), stop = t < 1 ? 0 : 1, [from, to] = ramps[name].slice(stop);
   return from.map((c, n) => Math.round(c + (to[n] - c) * (t - stop)));
+}
+function picture(shares, columns, name = "map") {
+  const image = new ImageData(columns, shares.length / columns), pixels = new Uint32Array(image.data.buffer), table = tables[name];
+  for (let n = 0; n < shares.length; n++) pixels[n] = table[Math.round(1023 * shares[n])];
+  return image;
 }
 function paint(element, name, share) {
   const [r, g, b] = colour(name, share);
@@ -105,14 +113,10 @@ class Grid {
     const row = Math.floor((event.clientY - box.top - this.top) / this.height);
     return row >= 0 && row < this.rows.length && column >= 0 && column < this.columns.length ? [row, column] : null;
   }
-  show(rows, columns, pixel, height = null, marked = null) {
+  show(rows, columns, shares, height = null, marked = null) {
     Object.assign(this, { rows, columns, marked });
-    const image = new ImageData(columns.length, rows.length);
-    for (let row = 0, at = 0; row < rows.length; row++)
-      for (let column = 0; column < columns.length; column++, at += 4)
-        image.data.set([...pixel(row, column), 255], at);
     this.image = new OffscreenCanvas(columns.length, rows.length);
-    this.image.getContext("2d").putImageData(image, 0, 0);
+    this.image.getContext("2d").putImageData(picture(shares, columns.length), 0, 0);
     this.fixedHeight = height;
     this.draw();
   }
@@ -191,7 +195,8 @@ const sizes = (map) => [data.words[map.queries].length, data.words[map.keys].len
 const viewName = (view) => (view === "mean" ? "mean of all heads" : view === "rollout" ? "rollout" : `head ${view}`);
 
 async function unpack(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let n = 0; n < raw.length; n++) bytes[n] = raw.charCodeAt(n);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint16Array(await new Response(stream).arrayBuffer());
 }
@@ -200,6 +205,16 @@ function plane(map, layer, view) {
   return map.values[layer].subarray(at, at + size);
 }
 const largest = (values) => values.reduce((most, value) => Math.max(most, value), 1);
+
+// Where on the ramp each weight is: the square root, so that small ones can be told apart too.
+function shares(values, columns) {
+  const found = new Float32Array(values.length), whole = state.scale === "map" && largest(values);
+  for (let start = 0; start < values.length; start += columns) {
+    const row = values.subarray(start, start + columns), most = whole || largest(row);
+    for (let n = 0; n < columns; n++) found[start + n] = Math.sqrt(row[n] / most);
+  }
+  return found;
+}
 
 const mapGrid = new Grid("map", {
   hover: (event, row, column) => {
@@ -213,9 +228,7 @@ function showAttention() {
   const map = kind(), [rows, columns] = sizes(map), values = plane(map, state.layer, state.view);
   const most = largest(values), names = [data.words[map.queries], data.words[map.keys]];
   state.row = Math.min(state.row ?? rows - 1, rows - 1);
-  const rowMost = Array.from({ length: rows }, (_, row) => largest(values.subarray(row * columns, (row + 1) * columns)));
-  const share = (row, column) => Math.sqrt(values[row * columns + column] / (state.scale === "row" ? rowMost[row] : most));
-  mapGrid.show(...names, (row, column) => colour("map", share(row, column)), null, state.row);
+  mapGrid.show(...names, shares(values, columns), null, state.row);
   $("map").setAttribute("aria-label", `attention, layer ${map.layers[state.layer]}, ${viewName(state.view)}`);
   const top = state.scale === "row" ? ["0", "1/4", "1"] : ["0", short(most / 65535 / 4), short(most / 65535)];
   legend("map-legend", "map", top, state.scale === "row" ? "of the row's largest weight" : "weight");
@@ -265,7 +278,8 @@ function tabs(id, names, choose) {
   });
 }
 function showOverview() {
-  const map = kind(), table = $("overview"), [rows, columns] = sizes(map), size = map.views.length > 18 ? 40 : 64;
+  const map = kind(), table = $("overview"), [rows, columns] = sizes(map), room = $("overview").parentElement.clientWidth - 70;
+  const size = Math.max(24, Math.min(64, Math.floor(room / map.views.length) - 10));
   table.replaceChildren();
   const head = make("tr", table);
   make("th", head);
@@ -278,13 +292,12 @@ function showOverview() {
       button.title = `layer ${number}, ${viewName(view)}`;
       button.dataset.at = `${layer} ${view}`;
       button.onclick = () => { Object.assign(state, { layer, view }); showAttention(); };
+      if (columns <= size && rows <= size) canvas.className = "large";
       canvas.width = columns;
       canvas.height = rows;
       canvas.style.width = `${Math.round(size * Math.min(1, columns / rows))}px`;
       canvas.style.height = `${Math.round(size * Math.min(1, rows / columns))}px`;
-      const image = new ImageData(columns, rows), most = largest(values);
-      values.forEach((value, n) => image.data.set([...colour("map", Math.sqrt(value / most)), 255], 4 * n));
-      canvas.getContext("2d").putImageData(image, 0, 0);
+      canvas.getContext("2d").putImageData(picture(shares(values, columns), columns), 0, 0);
     }
   });
 }
@@ -342,7 +355,7 @@ const normGrid = new Grid("norm-map", {
 function showNorms() {
   const norms = data.norms[state.side], table = $("norm-table"), layers = norms.neurons.length;
   const columns = [["residual stream, median", norms.features.map(median)], ["neurons, median", [null, ...norms.neurons.map(median)]]];
-  if (norms.parameters) columns.push(["gradient by its weights", [null, ...norms.parameters]]);
+  if (norms.parameters) columns.push(["gradient by the weights", [null, ...norms.parameters]]);
   table.replaceChildren();
   const head = make("tr", table);
   for (const name of ["", ...columns.map(([name]) => name)]) make("th", head, name);
@@ -359,12 +372,13 @@ function showNorms() {
   const shown = Object.keys(NORMS).filter((name) => norms[name]);
   if (!shown.includes(state.norm)) state.norm = "features";
   fill($("norm"), shown, state.norm, (name) => NORMS[name]);
-  const rows = normRows(), positive = rows.flat().filter((value) => value > 0);
-  const low = Math.log(Math.min(...positive)), span = Math.log(Math.max(...positive)) - low || 1;
-  const share = (value) => (value > 0 ? (Math.log(value) - low) / span : 0);
-  normGrid.show(rows.map((_, n) => rowName(n, rows.length)), data.words[state.side], (row, column) => colour("map", share(rows[row][column])), 20);
+  const rows = normRows(), logs = rows.flat().map(Math.log), finite = logs.filter(Number.isFinite);
+  const low = finite.reduce((least, value) => Math.min(least, value), Infinity);
+  const span = finite.reduce((most, value) => Math.max(most, value), -Infinity) - low || 1;
+  const share = logs.map((value) => (Number.isFinite(value) ? (value - low) / span : 0));
+  normGrid.show(rows.map((_, n) => rowName(n, rows.length)), data.words[state.side], share, 20);
   $("norm-map").setAttribute("aria-label", `${NORMS[state.norm]} by layer and token`);
-  if (positive.length) legend("norm-legend", "map", [Math.exp(low), Math.exp(low + span / 2), Math.exp(low + span)].map(short), "L2 norm, in logarithmic steps");
+  if (finite.length) legend("norm-legend", "map", [Math.exp(low), Math.exp(low + span / 2), Math.exp(low + span)].map(short), "L2 norm, in logarithmic steps");
   $("norm-sides").querySelectorAll("button").forEach((tab) => tab.setAttribute("aria-selected", tab.textContent === state.side));
 }
 
@@ -389,7 +403,7 @@ async function start() {
   tabs("norm-sides", Object.keys(data.norms), (n) => { state.side = Object.keys(data.norms)[n]; showNorms(); });
   $("layer").onchange = () => { state.layer = kind().layers.indexOf(Number($("layer").value)); showAttention(); };
   $("view").onchange = () => { state.view = $("view").value; showAttention(); };
-  $("scale").onchange = () => { state.scale = $("scale").value; showAttention(); };
+  $("scale").onchange = () => { state.scale = $("scale").value; showOverview(); showAttention(); };
   $("norm").onchange = () => { state.norm = $("norm").value; showNorms(); };
   fromAddress();
   showAll();

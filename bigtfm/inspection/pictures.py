@@ -160,7 +160,7 @@ def lens(report: Report) -> Any:
         for column, expected in enumerate(layer):
             word, probability = expected[0]
             style = {"fontsize": 7.5, "color": "white" if probability > 0.6 else _INK}
-            axes.text(column, row, drawable(word)[:9], ha="center", va="center", parse_math=False, **style)
+            axes.text(column, row, _brief(word), ha="center", va="center", parse_math=False, **style)
     _words(axes.xaxis, words, rotation=0 if written and max(map(len, words)) < 9 else 90)
     axes.xaxis.tick_top()
     axes.set_yticks(range(rows), ["embedding", *(f"layer {n}" for n in range(rows - 1))], fontsize=8)
@@ -199,6 +199,11 @@ def norms(report: Report, side: Any) -> Any:
         axes.locator_params(axis="x", integer=True)
         axes.grid(color=_LINE, linewidth=0.6)
     return figure
+
+
+def _brief(word: str) -> str:
+    word = drawable(word)
+    return word if len(word) <= 10 else f"{word[:9]}…"
 
 
 def drawable(word: str) -> str:

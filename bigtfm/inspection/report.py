@@ -21,7 +21,7 @@ from bigtfm.model.heads import LanguageModel
 from bigtfm.model.transformer import Side
 
 TOP_K = 5  # tokens listed of what was expected
-MOST_WEIGHTS = 30_000_000  # in a page: some 40 MB
+MOST_WEIGHTS = 30_000_000  # in a page
 
 
 @dataclass(frozen=True)
