@@ -257,6 +257,7 @@ function readers(map, names, values) {
   });
   $("queries").onpointerleave = () => light(state.row);
   light(state.row);
+  $("queries").scrollTop = queries[state.row].offsetTop - $("queries").offsetTop - 60;
 }
 function choosers(map) {
   fill($("layer"), map.layers.map(String), String(map.layers[state.layer]));
