@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from bigtfm.config.problems import DataProblem
+import torch
+
+from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.data.indexed import Split
 from bigtfm.data.loader import Loader, TokenStream
 from bigtfm.data.objectives import make_objective
@@ -16,10 +19,11 @@ from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
 from bigtfm.engine.probe import PROBE_TOKENS, Probe, require_same
 from bigtfm.job import Job
+from bigtfm.model.distillation import Distillation
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
 from bigtfm.resilience import spikes
-from bigtfm.run_directory import identity, refuse_changes, starting_point
+from bigtfm.run_directory import SavedRun, brief, identity, refuse_changes, saved_run, starting_point
 
 
 def fresh_model(job: Job) -> LanguageModel:
@@ -28,6 +32,51 @@ def fresh_model(job: Job) -> LanguageModel:
     return make_model(
         run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=compute
     )
+
+
+def learn_from_teacher(job: Job, model: LanguageModel, ranks: Ranks) -> None:
+    """Puts the run that distill.teacher names beside the model, if there is one, in the run's precision.
+
+    Raises:
+        ConfigProblem: the teacher reads or predicts other tokens than the model.
+        NoCheckpoint: it has no checkpoint.
+    """
+    distill = job.run.distill
+    if distill.teacher is None:
+        return
+    saved = saved_run(Path(distill.teacher))
+    _require_same_tokens(job, saved, distill.teacher)
+    compute = model.compute.model_copy(update={"recompute": "none"})
+    teacher = make_model(saved.run.model, saved.vocab_size, objective=saved.run.objective, compute=compute)
+    checkpoint.load_weights(saved.checkpoint, teacher)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    teacher.to(ranks.device, dtypes[job.resolved.precision])
+    Distillation(teacher, distill.temperature, distill.weight).attach(model)
+
+
+def _require_same_tokens(job: Job, teacher: SavedRun, where: str) -> None:
+    there = checkpoint.read_state(teacher.checkpoint)["progress"]["identity"]
+    tokenizer = there["tokenizer"] or "none"
+    pairs = {
+        "tokenizer": (brief(tokenizer), brief(job.dataset.header.tokenizer.identity)),
+        "vocabulary": (teacher.vocab_size, job.special.vocab_size),
+        "family": (teacher.run.model.family, job.run.model.family),
+        "objective": (teacher.run.objective_kind, job.run.objective_kind),
+    }
+    for name, (its, ours) in pairs.items():
+        if its != ours:
+            raise ConfigProblem(
+                f"the teacher's {name} is {its} and the run's is {ours}",
+                where=f"distill.teacher {where}",
+                fix="teach with a run on data of the same `bigtfm prepare`, of the same family and objective",
+            )
+    longest = teacher.run.model.max_seq_len
+    if longest < job.run.seq_len and teacher.run.model.positions == "learned":
+        raise ConfigProblem(
+            f"the teacher knows {longest} positions and data.seq_len is {job.run.seq_len}",
+            where=f"distill.teacher {where}",
+            fix=f"set data.seq_len to {longest}, or choose another teacher",
+        )
 
 
 def batches_of(job: Job, split: str) -> Loader:

@@ -88,6 +88,7 @@ def resolve(
     """
     _evaluates(config, deepspeed, datasets[0])
     _recomputes_exactly(config, deepspeed)
+    _keeps_zeros(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)
     padded_vocab_size = config.model.padded_vocab_size(vocab_size)
@@ -205,6 +206,16 @@ def _recomputes_exactly(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
             "compute.recompute selective and model.bias true",
             where=str(deepspeed.path),
             fix='write "memory_efficient_linear": false',
+        )
+
+
+def _keeps_zeros(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
+    """Muon makes the update of a matrix out of all of it: a weight moves without a gradient of its own."""
+    if config.model.keep_zeros and deepspeed.optimizer_type == "Muon":
+        raise ConfigProblem(
+            "Muon's update of a matrix leaves none of its zeros, and model.keep_zeros is true",
+            where=str(deepspeed.path),
+            fix="use AdamW, or another optimizer",
         )
 
 

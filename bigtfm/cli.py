@@ -474,6 +474,57 @@ def export(
     print(run(run_dir, out, dtype=dtype, step=step, best=best, force=force))
 
 
+@app.command()
+def compress(
+    run_dir: RunDirectory,
+    out: Annotated[Path, typer.Option(help="Run directory to make; it must not be there, or be empty.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="int8, int4 (weights alone), int8-dynamic (features, too), magnitude, 2:4 (zeros), or heads."
+        ),
+    ],
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of each matrix (magnitude) or of each layer's heads that is pruned. Default: 0.5."
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="int4: columns of a row that share a scale. Default: 64.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data set to measure with. Default: the one that the run was trained on."),
+    ] = None,
+    eval_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Validation tokens that the loss is measured on. Default: the run's eval.tokens."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
+) -> None:
+    """Make a smaller or faster run of a run.
+
+    Says what it costs: bytes on the disk, validation loss and speed, before and after. What was pruned is to
+    be trained on (run.init_from); what was quantised is to be used as it is.
+    """
+    from dataclasses import asdict
+
+    from bigtfm.compression.command import compress as run
+
+    report = run(run_dir, out, method, share=share, group_size=group_size, data=data, eval_tokens=eval_tokens)
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        from rich.console import Console
+
+        from bigtfm.compression.view import render
+
+        Console().print(render(report))
+
+
 @app.command("import-deepspeed")
 def import_deepspeed(
     checkpoint: Annotated[

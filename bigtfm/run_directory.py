@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
 from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import DataSection, ModelSection, ObjectiveSection
+from bigtfm.config.sections import DataSection, DistillSection, ModelSection, ObjectiveSection
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint
@@ -39,12 +40,24 @@ def identity(job: Job) -> dict[str, Any]:
         "model": {**run.model.model_dump(mode="json"), "vocab_size": job.special.vocab_size},
         "objective": {**run.objective.model_dump(mode="json"), "kind": run.objective_kind},
         "seed": run.run.seed,
+        "distill": _teacher_identity(run.distill),
         "recipe": {
             "global_batch": job.resolved.global_batch,
             **{key: values.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
         },
     }
     return json.loads(json.dumps(parts))  # as it will be read back
+
+
+def _teacher_identity(distill: DistillSection) -> dict[str, Any] | None:
+    """Which weights teach, and how; None: no teacher."""
+    if distill.teacher is None:
+        return None
+    saved = next(iter(checkpoint.steps_in(Path(distill.teacher) / "checkpoints").values()), None)
+    manifest = saved / "manifest.json" if saved is not None else None
+    known = manifest is not None and manifest.is_file()
+    sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest() if known and manifest else None
+    return {"teacher": sha256, "temperature": distill.temperature, "weight": distill.weight}
 
 
 def _data_identity(job: Job) -> dict[str, Any]:
@@ -236,7 +249,7 @@ def open_run(
         ) from None
     tokenizer = saved.tokenizer or load_tokenizer(run_dir / "tokenizer")  # says that there is none
     special = special_ids(tokenizer, saved.run)
-    checkpoint.load_weights(saved.checkpoint, model)
+    checkpoint.load_weights(saved.checkpoint, model, quantized=True)
     _require_probe(saved.checkpoint, model)
     return model.eval(), tokenizer, special
 

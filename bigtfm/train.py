@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bigtfm.assembly import batches_of, fresh_model, require_samples, resume, start_stream
+from bigtfm.assembly import batches_of, fresh_model, learn_from_teacher, require_samples, resume, start_stream
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import NoCheckpoint
 from bigtfm.data.loader import Loader
@@ -69,6 +69,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     pulse = ranks.pulse
     pulse.enter("build")
     engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute)
+    learn_from_teacher(job, engine.module, ranks)
     loader = batches_of(job, "train")
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None
     if validation is not None:

@@ -80,6 +80,16 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--best": False,
         "--force": False,
     },
+    "compress": {
+        "--run": REQUIRED,
+        "--out": REQUIRED,
+        "--method": REQUIRED,
+        "--share": None,
+        "--group-size": None,
+        "--data": None,
+        "--eval-tokens": None,
+        "--json": False,
+    },
     "import-deepspeed": {
         "checkpoint": REQUIRED,
         "out": REQUIRED,
@@ -178,6 +188,9 @@ UNITS = {  # of every number: the word that its help has to hold
     "--gpus": "one a rank",
     "--confirm": "how many",
     "--code": "exit code",
+    "--share": "share of each matrix",
+    "--group-size": "columns",
+    "--eval-tokens": "validation tokens",
     "--since": "unix seconds",
     "--retries": "starts in a row",
 }

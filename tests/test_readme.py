@@ -52,6 +52,8 @@ RUN = {
         AS_IT_STANDS
     ),
     "bigtfm export runs/mine mine.safetensors": AS_IT_STANDS,
+    "bigtfm compress --run runs/mine --out runs/mine-int8 --method int8": "{} --eval-tokens 1024",
+    'bigtfm generate --run runs/mine-int8 --prompt "Once upon a time" --max-new-tokens 20': AS_IT_STANDS,
     "bigtfm bench --matrix benchmarks/matrices/quick.toml --out runs/quick": "printf "
     "'[measure]\\nsteps = 3\\n[[grid]]\\n' > benchmarks/matrices/quick.toml; {} --mlflow ''",
     "bigtfm bench --out runs/quick --against runs/quick --mlflow ''": AS_IT_STANDS,
@@ -86,6 +88,12 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm bench --runs runs/bench-1234 --out runs/bench-1234": "needs the runs of a Slurm job",
     "bigtfm sweep my_sweep.toml --out runs/search --jobs 2": "trains for minutes; tests/sweep/ runs sweeps",
     "SPACE=my_sweep.toml OUT=runs/search bash slurm/sweep.sbatch": "needs Slurm",
+    "bigtfm compress --run runs/mine --out runs/half --method magnitude --share 0.5": "is an example",
+    "bigtfm train --deepspeed_config ds.json --config runs/half/run.toml run.init_from=runs/half "
+    "run.name=half-tuned": "needs that run",
+    "bigtfm compress --run runs/half-tuned --out runs/fewer --method magnitude --share 0.75": "likewise",
+    "bigtfm train --deepspeed_config ds.json --config small.toml distill.teacher=runs/large "
+    "run.name=taught": "needs a teacher",
     "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub",
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "

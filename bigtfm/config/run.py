@@ -6,6 +6,7 @@ schedule, clipping, ZeRO): those live there and only there. The defaults are the
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ from bigtfm.config.sections import (
     USED_BY,
     ComputeSection,
     DataSection,
+    DistillSection,
     EvalSection,
     GuardSection,
     ModelSection,
@@ -43,6 +45,7 @@ class RunConfig(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     objective: ObjectiveSection = ObjectiveSection()
+    distill: DistillSection = DistillSection()
     compute: ComputeSection = ComputeSection()
     eval: EvalSection = EvalSection()
     save: SaveSection = SaveSection()
@@ -110,6 +113,23 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         """The run directory."""
         return Path(self.run.dir) / self.run.name
+
+
+def to_toml(run: RunConfig, head: str) -> str:
+    """A run config as a file, whose first line is `head`: what differs from the defaults.
+
+    Of [model], [data] and [objective]: what a run directory that no training wrote says.
+    """
+    lines = [head]
+    for table in ("model", "data", "objective"):
+        changed = getattr(run, table).model_dump(exclude_defaults=True, exclude_none=True)
+        if changed:
+            lines += ["", f"[{table}]", *(f"{key} = {_toml_value(value)}" for key, value in changed.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -186,6 +186,12 @@ class ModelSection(Section):
         "residual outputs use init_std / sqrt(2 num_layers)",
     )
 
+    keep_zeros: bool = Field(
+        default=False,
+        description="weights of the blocks' matrices that are zero stay zero in training: a run that "
+        "`bigtfm compress` has pruned stays pruned",
+    )
+
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelSection:
         hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.kv_heads
@@ -445,6 +451,34 @@ class ObjectiveSection(Section):
     )
 
 
+class DistillSection(Section):
+    """Learning from another run, a larger model of the family, besides the data (knowledge distillation)."""
+
+    teacher: str | None = Field(
+        default=None,
+        min_length=1,
+        description="run directory whose newest checkpoint teaches, frozen, whole on every rank; unset: none",
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, description="divides both models' logits; the larger, the more the unlikely count"
+    )
+    weight: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="share of the training loss that is the divergence from the teacher; the rest is the "
+        "objective's",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> DistillSection:
+        if self.teacher is None and self != DistillSection.model_construct():
+            raise ValueError(
+                "distill.temperature and distill.weight do nothing without a teacher", "set distill.teacher"
+            )
+        return self
+
+
 # Of logits that a CPU holds at a time: fewer make the output layer's gradient slow, which each chunk adds to.
 LOGITS_BYTES = 16 << 20
 Backend = Literal[
@@ -605,11 +639,13 @@ class TrackSection(Section):
 class ResumeSection(Section):
     """What may change when a run directory is resumed."""
 
-    allow: tuple[Literal["data", "model", "tokenizer", "seed", "objective", "recipe", "probe"], ...] = Field(
+    allow: tuple[
+        Literal["data", "model", "tokenizer", "seed", "objective", "distill", "recipe", "probe"], ...
+    ] = Field(
         default=(),
         strict=False,
         description="changes to accept when resuming: data, model (what leaves the shapes, such as dropout), "
-        "tokenizer, seed, objective, recipe "
+        "tokenizer, seed, objective, distill (the teacher), recipe "
         "(the DeepSpeed JSON's optimizer, scheduler, clipping and global batch), or probe (the checkpoint's "
         "probe batch has another loss than when it was saved)",
     )

@@ -20,13 +20,14 @@ from bigtfm.config.deepspeed import acting_stage
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ComputeSection
 from bigtfm.engine import fragments, schedules
-from bigtfm.model.transformer import compile_blocks, init_weights
+from bigtfm.model.heads import LanguageModel
+from bigtfm.model.transformer import block_linears, compile_blocks, init_weights
 
 OWN_SCHEDULES = {"ExponentialRange", "InverseSquareRoot", "WSD", "ReduceOnPlateau"}
 
 
 def build_engine(
-    make_model: Callable[[], nn.Module], config: dict[str, Any], compute: ComputeSection
+    make_model: Callable[[], LanguageModel], config: dict[str, Any], compute: ComputeSection
 ) -> deepspeed.DeepSpeedEngine:
     """Model, optimizer and schedule under ZeRO, as `config` (a resolved DeepSpeed JSON, left as it is) says.
 
@@ -51,6 +52,9 @@ def build_engine(
     with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config)) if stage == 3 else nullcontext():
         model = make_model()
     init_weights(model, gather=_gather if stage == 3 else nullcontext)
+    if model.config.keep_zeros:
+        for _, layer in block_linears(model):
+            layer.weight.register_hook(partial(_no_gradient_where_zero, layer.weight))
     if compute.compile_blocks:
         torch._dynamo.trace_rules.add("deepspeed")  # its hooks gather parameters: nothing to be compiled
         compile_blocks(model)
@@ -66,6 +70,15 @@ def build_engine(
     if schedule is not None:  # bound late: at stages 1 and 2 DeepSpeed replaces a torch Adagrad by a new one
         engine.lr_scheduler = schedule(engine.optimizer)
     return engine
+
+
+def _no_gradient_where_zero(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Without a gradient every optimizer but Muon leaves a zero weight alone, and its moments at zero.
+
+    The weights themselves are the mask: nothing else has to be kept, partitioned or loaded. At stage 3 the
+    whole weight is there while its gradient is computed.
+    """
+    return gradient.masked_fill(weight == 0, 0)
 
 
 def _acting_stage(config: dict[str, Any]) -> int:

@@ -1,7 +1,8 @@
 """Stage-free checkpoints: named fp32 weights and optimizer moments in sharded safetensors, kill-proof.
 
     step-00000100/
-        shard-00000.safetensors   what rank 0 wrote: tensors "<parameter>|fp32", "<parameter>|exp_avg", ...
+        shard-00000.safetensors   what rank 0 wrote: tensors "<parameter>|fp32", "<parameter>|exp_avg", ...;
+                              of a compressed run "<parameter>|int8" and "|scale" (model/quantized.py)
         index.json                parameter -> shape, and which shard holds which of its elements
         state.json                step, samples, schedule, loss scale; what data, tokenizer, model, seed;
                                   a probe and its loss (bigtfm/engine/probe.py)
@@ -31,8 +32,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
-from bigtfm.config.problems import NoCheckpoint, StorageProblem, say
+from bigtfm.config.problems import ConfigProblem, NoCheckpoint, StorageProblem, say
 from bigtfm.engine import fragments, storage
+from bigtfm.model.quantized import KINDS, Quantized, put
 from bigtfm.sealed import seal, unseal
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}  # else: a disk that fails
+STORED = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}  # safetensors' names
 READ_ELEMENTS = 2**24  # read at once into memory that is not the file's own kind
 
 
@@ -347,6 +350,11 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     return _read_json(checkpoint / "index.json")
 
 
+def quantized_kinds(index: dict[str, Any]) -> list[str]:
+    """The kinds of quantised matrices in a checkpoint's index."""
+    return sorted({kind for entry in index.values() for kind in KINDS if kind in entry["keys"]})
+
+
 def load(checkpoint: Path, engine: Any, ranks: Ranks, *, moments: bool = True) -> Progress:
     """Fills the engine from a verified checkpoint, each rank reading only the elements that it keeps.
 
@@ -358,6 +366,7 @@ def load(checkpoint: Path, engine: Any, ranks: Ranks, *, moments: bool = True) -
     """
     state = read_state(checkpoint)
     with ranks.together(f"reading {checkpoint}"), Shards(checkpoint) as shards:
+        shards.require_trainable()
         shards.require_all_used(engine.module)
         for fragment in fragments.owned_fragments(engine):
             entry = shards.entry(fragment.name, fragment.shape)
@@ -390,6 +399,7 @@ def start_from(checkpoint: Path, engine: Any) -> None:
         NoCheckpoint: the checkpoint's parameters are not this model's.
     """
     with Shards(checkpoint) as shards:
+        shards.require_trainable()
         shards.require_all_used(engine.module)
         for fragment in fragments.owned_fragments(engine):
             shards.entry(fragment.name, fragment.shape)
@@ -397,12 +407,18 @@ def start_from(checkpoint: Path, engine: Any) -> None:
     fragments.weights_follow_masters(engine)
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fills a plain torch module with the checkpoint's fp32 weights, one parameter at a time."""
+def load_weights(checkpoint: Path, model: nn.Module, *, quantized: bool = False) -> None:
+    """Fills a plain torch module with the checkpoint's fp32 weights, one parameter at a time.
+
+    quantized: layers whose matrices are quantised there become such layers, else they are filled with fp32.
+    """
     with Shards(checkpoint) as shards, torch.no_grad():
         shards.require_all_used(model)
-        for name, parameter in model.named_parameters():
+        for name, parameter in list(model.named_parameters()):
             shards.entry(name, tuple(parameter.shape))
+            if quantized and (matrix := shards.quantized(name)) is not None:
+                put(model, name, matrix)
+                continue
             whole = torch.empty(parameter.numel())
             shards.fill(whole, name, "fp32", 0)
             parameter.copy_(whole.view(parameter.shape))
@@ -467,6 +483,15 @@ class Shards:
                 fix="use the [model] table that it was made with (run.toml in the run directory)",
             )
 
+    def require_trainable(self) -> None:
+        """Raises ConfigProblem when weights were quantised: no optimizer could go on with them."""
+        if kinds := quantized_kinds(self._index):
+            raise ConfigProblem(
+                f"its weights are {' and '.join(kinds)}: compressed to be used, not to be trained on",
+                where=str(self._folder),
+                fix="train the run that it was made of, then compress that",
+            )
+
     def entry(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         entry = self._index.get(name)
         if entry is None or tuple(entry["shape"]) != shape:
@@ -485,40 +510,72 @@ class Shards:
             NoCheckpoint: a shard does not hold what the index says.
         """
         stop = start + target.numel()
+        if key == "fp32" and (matrix := self.quantized(name)) is not None:
+            target.copy_(matrix.dequantized().view(-1)[start:stop])
+            return
         for part in self._index[name]["fragments"]:
             low, high = max(start, part["start"]), min(stop, part["start"] + part["numel"])
             if low < high:
-                try:
-                    self._read(
-                        part["file"], f"{name}|{key}", low - part["start"], target[low - start : high - start]
-                    )
-                except OSError as error:
-                    raise StorageProblem(
-                        f"{part['file']} can't be read: {error.strerror}",
-                        where=str(self._folder),
-                        fix="mend the disk or its permissions, then start the same command again",
-                    ) from None
-                except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-                    raise NoCheckpoint(
-                        f"{part['file']} does not hold {name}|{key} as index.json says: {error}",
-                        where=str(self._folder),
-                        fix="remove this folder: the next start resumes from an earlier one",
-                    ) from None
+                place = low - part["start"]
+                self._read(part["file"], f"{name}|{key}", place, target[low - start : high - start])
+
+    def quantized(self, name: str) -> Quantized | None:
+        """A matrix as `weights.save_quantized` has written it; None: a parameter that was not quantised.
+
+        Raises:
+            NoCheckpoint: a shard does not hold what the index says.
+        """
+        entry = self._index[name]
+        kind = next((kind for kind in KINDS if kind in entry["keys"]), None)
+        if kind is None:
+            return None
+        file, (rows, columns) = entry["fragments"][0]["file"], entry["shape"]
+        width = -(-columns // 2) if kind == "int4" else columns
+        values = torch.empty(rows * width, dtype=torch.uint8 if kind == "int4" else torch.int8)
+        self._read(file, f"{name}|{kind}", 0, values)
+        scales = torch.empty(rows * self._columns(file, f"{name}|scale"))
+        self._read(file, f"{name}|scale", 0, scales)
+        return Quantized(kind, values.view(rows, width), scales.view(rows, -1), columns)
+
+    def _columns(self, file: str, tensor: str) -> int:
+        """The last dimension of a tensor that `_read` has not refused the file of."""
+        _, header = self._open[file]
+        shape = header.get(tensor, {}).get("shape") or [1]
+        return int(shape[-1])
 
     def _read(self, name: str, tensor: str, first: int, target: torch.Tensor) -> None:
-        """Elements `first` .. of a tensor of a shard. Mapped files would count as this process's memory."""
+        """Elements `first` .. of a tensor of a shard into `target`, or what is wrong with it."""
+        try:
+            self._read_elements(name, tensor, first, target)
+        except OSError as error:
+            raise StorageProblem(
+                f"{name} can't be read: {error.strerror}",
+                where=str(self._folder),
+                fix="mend the disk or its permissions, then start the same command again",
+            ) from None
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise NoCheckpoint(
+                f"{name} does not hold {tensor} as index.json says: {error}",
+                where=str(self._folder),
+                fix="remove this folder: the next start resumes from an earlier one",
+            ) from None
+
+    def _read_elements(self, name: str, tensor: str, first: int, target: torch.Tensor) -> None:
+        """Mapped files would count as this process's memory."""
         if name not in self._open:
             self._open[name] = _open_shard(self._folder / name)
         file, header = self._open[name]
         entry = header[tensor]
         begin, end = entry["data_offsets"]
-        if entry["dtype"] != "F32" or (end - begin) < 4 * (first + target.numel()):
+        stored = target.dtype if target.dtype in (torch.int8, torch.uint8) else torch.float32
+        size = stored.itemsize
+        if entry["dtype"] != STORED[stored] or (end - begin) < size * (first + target.numel()):
             raise ValueError(f"it has {entry['dtype']} in {end - begin} bytes")
-        file.seek(header["data"] + begin + 4 * first)
+        file.seek(header["data"] + begin + size * first)
         for piece in target.split(READ_ELEMENTS):
-            in_place = piece.device.type == "cpu" and piece.dtype == torch.float32
-            values = piece if in_place else torch.empty(len(piece))
-            if file.readinto(values.numpy().data.cast("B")) != 4 * len(values):
+            in_place = piece.device.type == "cpu" and piece.dtype == stored
+            values = piece if in_place else torch.empty(len(piece), dtype=stored)
+            if file.readinto(values.numpy().data.cast("B")) != size * len(values):
                 raise ValueError("it is too short")
             if not in_place:
                 piece.copy_(values)

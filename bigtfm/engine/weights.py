@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bigtfm.engine import checkpoint, storage
 from bigtfm.engine.checkpoint import FORMAT, Progress
+from bigtfm.model.quantized import Quantized
 
 Shape = tuple[int, ...]
 SHARD_BYTES = 10**9  # a shard holds one parameter at least
@@ -74,6 +75,44 @@ def save_training(
             {"files": {file: checkpoint.flush_and_hash(building / file)}, "parameters": parameters}
         )
     checkpoint.finish(building, final, gathered, _state(progress) | dict(state or {}))
+    return final
+
+
+def save_quantized(
+    root: Path,
+    parameters: Mapping[str, Tensor | Quantized],
+    progress: Progress,
+    probe: Mapping[str, Any] | None,
+) -> Path:
+    """Writes `root`/step-NNNNNNNN of a compressed model, in one shard, and returns it.
+
+    parameters: those of the model by name; matrices that are quantised as their integers and scales. probe:
+    what state.json keeps of it (bigtfm/engine/probe.py).
+    """
+    from safetensors.torch import save
+
+    final = checkpoint.folder_of(root, progress.step)
+    building, file = root / f".building-{final.name}", "shard-00000.safetensors"
+    building.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, dict[str, Any]] = {}
+    for name, value in parameters.items():
+        shape: Shape
+        parts: dict[str, Tensor]
+        if isinstance(value, Quantized):
+            shape, parts = (
+                (len(value.values), value.columns),
+                {value.kind: value.values, "scale": value.scales},
+            )
+        else:
+            shape, parts = tuple(value.shape), {"fp32": value.detach()}
+        tensors |= {f"{name}|{key}": part.contiguous() for key, part in parts.items()}
+        fragment = {"file": file, "start": 0, "numel": math.prod(shape)}
+        index[name] = {"shape": shape, "keys": sorted(parts), "updates": 0, "fragment": fragment}
+    (building / file).write_bytes(save(tensors, metadata={"format": "pt"}))
+    files = {file: checkpoint.flush_and_hash(building / file)}
+    state = _state(progress) | {"probe": probe}
+    checkpoint.finish(building, final, [{"files": files, "parameters": index}], state)
     return final
 
 

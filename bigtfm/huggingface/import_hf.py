@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem, shown
-from bigtfm.config.run import RunConfig
+from bigtfm.config.run import RunConfig, to_toml
 from bigtfm.config.sections import ModelSection, ObjectiveSection, RunSection
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.engine import weights
@@ -62,7 +62,8 @@ def import_hf(source: str, out: Path, *, vocab_size: int | None = None, compare:
 
         objective = ObjectiveSection(kind=architecture.objective)
         run = RunConfig(model=section, objective=objective)
-        (building / "run.toml").write_text(_toml(run, source), encoding="utf-8")
+        head = f"# What `bigtfm import-hf {source}` found; every other value is its default."
+        (building / "run.toml").write_text(to_toml(run, head), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(building / "tokenizer")
         _keep_originals(folder, building / HUGGING_FACE, tokenizer)
@@ -161,16 +162,6 @@ def _keep_originals(folder: Path, target: Path, tokenizer: Tokenizer | None) -> 
             shutil.copyfile(folder / name, target / name)
     origin = {"tokenizer": tokenizer.identity if tokenizer else None}
     (target / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
-
-
-def _toml(run: RunConfig, source: str) -> str:
-    """A run config that says what differs from the defaults."""
-    lines = [f"# What `bigtfm import-hf {source}` found; every other value is its default."]
-    for table in ("model", "objective"):
-        changed = getattr(run, table).model_dump(exclude_defaults=True, exclude_none=True)
-        if changed:
-            lines += ["", f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in changed.items())]
-    return "\n".join(lines) + "\n"
 
 
 def _comparable(plan: Plan) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
 from bigtfm.model.attention import Documents, by_length, groups_by_length
 from bigtfm.model.cross_entropy import IGNORE, linear_cross_entropy
+from bigtfm.model.distillation import Distillation
 from bigtfm.model.layers import Bias, Embedding, Linear, l1_penalty, make_norm
 
 
@@ -39,6 +40,7 @@ class LanguageModel(nn.Module):
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.objective = objective or ObjectiveSection()
         self.compute = compute or ComputeSection()
+        self.distillation: Distillation | None = None
         if self.compute.attention == "auto":
             self.compute = self.compute.model_copy(update={"attention": "sdpa"})
         rows = config.padded_vocab_size(vocab_size)
@@ -74,7 +76,9 @@ class LanguageModel(nn.Module):
         steps) by the step's number of labels n passes l1_scale = n / F.
         """
         smoothing = self.objective.label_smoothing if self.training else 0.0
-        if x.device.type == "cpu" and x.dtype == torch.float32:
+        if self.training and self.distillation is not None:
+            loss_sum = self.distillation.loss(self.project(x), labels, smoothing)
+        elif x.device.type == "cpu" and x.dtype == torch.float32:
             loss_sum = self._fused_loss(x, labels, smoothing)
         else:
             logits = self.project(x).float()

@@ -381,6 +381,17 @@ def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def block_linears(model: nn.Module) -> list[tuple[str, Linear]]:
+    """The blocks' matrices by the names of their modules: all but embeddings, output layer and heads."""
+    return [
+        (f"{path}.{name}", module)
+        for path, block in model.named_modules()
+        if isinstance(block, Block)
+        for name, module in block.named_modules()
+        if isinstance(module, Linear)
+    ]
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compiles every block of a family's module in place; parameters keep their names.
 
