@@ -48,7 +48,8 @@ def inspect(
     selection = Selection(numbers(layers, "--layers"), numbers(heads, "--heads"))
     model, tokenizer, special = open_run(run_dir, step, best)
     reading = read(model, tokenizer, special, text, target=target, max_new_tokens=max_new_tokens)
-    report = look(model, tokenizer, special, reading, selection, str(run_dir))
+    which = f", step {step}" if step is not None else ", its best checkpoint" if best else ""
+    report = look(model, tokenizer, special, reading, selection, f"{run_dir}{which}")
     folder = out or run_dir / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
     shown = folder / "inspect.html"

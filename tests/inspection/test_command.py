@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from small_models import save_run
 
 from bigtfm.cli import app
+from bigtfm.engine.checkpoint import Progress, read_state
+from bigtfm.engine.weights import save_weights
 from bigtfm.inspection.capture import capture
 from bigtfm.inspection.command import numbers
 from bigtfm.inspection.page import STEPS, page
@@ -157,6 +159,30 @@ def test_a_bert_is_not_asked_for_its_marks(runs):
     )
 
 
+@pytest.mark.slow
+def test_another_checkpoint(tmp_path, tiny_data, run):
+    """--step and --best: the attention is that of those weights, and the page says whose."""
+    save_run(tmp_path / "run", tiny_data / "tokenizer", "gpt")
+    model, _, _ = open_run(tmp_path / "run")
+    identity = read_state(tmp_path / "run/checkpoints/step-00000000")["progress"]["identity"]
+    moved = {name: weight.detach() * 3 for name, weight in model.named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in moved.items()}
+    progress = Progress(identity=identity, step=1, best_step=0)
+    save_weights(tmp_path / "run/checkpoints", shapes, iter(moved.items()), progress)
+    found = {}
+    for options in ((), ("--best",), ("--step", 0), ("--step", 1)):
+        code, _, _ = run(
+            "--run", tmp_path / "run", "--text", "The people", *options, "--layers", "0", "--heads", "0"
+        )
+        assert code == 0
+        found[options] = load_file(tmp_path / "run/inspect/maps.safetensors")["decoder.weights"]
+        html = (tmp_path / "run/inspect/inspect.html").read_text(encoding="utf-8")
+        assert ("step 1</h1>" in html) == (options == ("--step", 1))
+    assert torch.equal(found[()], found["--step", 1])
+    assert torch.equal(found["--best",], found["--step", 0])
+    assert not torch.equal(found[()], found["--best",])
+
+
 # --- the page --------------------------------------------------------------------------------------------
 
 
@@ -170,13 +196,15 @@ def hostile_page(runs):
 
 
 def test_hostile_text_stays_text(runs, run, tmp_path):
-    code, _, said = run("--run", runs / "long", "--text", HOSTILE, "--out", tmp_path)
+    """In the page, and in the pictures, which write no formulas and warn of no letter."""
+    text = f"{HOSTILE} 你好 мир مرحبا 🙂"
+    code, _, said = run("--run", runs / "long", "--text", text, "--out", tmp_path)
     assert (code, said) == (0, "")
     html = (tmp_path / "inspect.html").read_text(encoding="utf-8")
     assert html.count("</script>") == 2
     assert "<img" not in html
     words = shown_data(html)["words"]["decoder"]
-    assert "".join(words[1:]).replace("·", " ") == HOSTILE
+    assert "".join(words[1:]).replace("·", " ").startswith(f"{HOSTILE} 你 1/3你 2/3你 3/3好 1/3")
 
 
 def test_hostile_tokens_and_names_stay_text(hostile_page):

@@ -25,15 +25,29 @@ PROGRAMS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
 pytestmark = pytest.mark.slow  # the browser's start
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """A running browser."""
+def require_browser():
+    """The program to start."""
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     missing = [] if program else [f"a Chromium ({', '.join(PROGRAMS)})"]
     missing += [] if importlib.util.find_spec("playwright") else ["the package playwright"]
     if missing:
         reason = f"needs {' and '.join(missing)}: make browser-packages"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    return program
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+def test_without_a_browser_it_says_so(ci, outcome, monkeypatch, tmp_path):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(outcome, match=r"needs a Chromium .*make browser-packages"):
+        require_browser()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A running browser."""
+    program = require_browser()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
