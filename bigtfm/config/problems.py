@@ -123,6 +123,13 @@ def known_cause(error: Exception) -> Problem | None:
             where="this machine",
             fix="use a smaller micro batch, sequence or model, or compute.recompute=full",
         )
+    if said == "can't start new thread":
+        return ConfigProblem(
+            "the system starts no more threads",
+            where="this machine",
+            fix="leave more memory for them (a smaller micro batch or model), or raise the limit on processes: "
+            "ulimit -u, or the job's pids.max",
+        )
     if kind == "DistNetworkError" and "EADDRINUSE" in str(error):
         return ConfigProblem(
             "the ranks can't meet: another program has the port MASTER_PORT names",

@@ -88,6 +88,7 @@ class Saver:
         self._buffer = torch.empty(0)
         self._layout: dict[str, list[Place]] = {}  # by parameter name; what this rank writes
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer.submit(int)  # starts its thread while there is memory for one
         self._writing: Future[None] | None = None
         self._closing = threading.Event()
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from mmap import mmap
@@ -72,10 +73,16 @@ class Lifeline:
             self._page[1] = 1
 
     def report(self, error: BaseException | None) -> None:
-        """Says how training ended; None: well. What was said first counts."""
+        """Says how training ended; None: well. What was said first counts.
+
+        A fault of the program is shown first: whoever hears of it may end this process at once.
+        """
         if self._lines is not None and not self._said:
             self._said = True
-            self._lines.send(outcome=_outcome(error).to_json())
+            outcome = _outcome(error)
+            if outcome.said:
+                traceback.print_exception(error)
+            self._lines.send(outcome=outcome.to_json())
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
@@ -131,7 +138,7 @@ def _watch(parent: int) -> None:
 
 
 def run_trainer(trainer: Callable[[Lifeline], None], lifeline: Lifeline) -> int:
-    """Trains, reports, and returns the exit code. What is not understood passes on, as a traceback."""
+    """Trains, reports, and returns the exit code. What is not understood is a traceback, or passes on as one."""
     try:
         trainer(lifeline)
     except Restart as wish:
@@ -140,8 +147,8 @@ def run_trainer(trainer: Callable[[Lifeline], None], lifeline: Lifeline) -> int:
     except Exception as error:
         lifeline.report(error)
         problem: Problem | None = known_cause(error)
-        if problem is None:
+        if problem is None and not lifeline.supervised:
             raise
-        return problem.exit_code
+        return problem.exit_code if problem is not None else 1
     lifeline.report(None)
     return 0
