@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +34,7 @@ from bigtfm.bench.runner import environment_row, run_matrix
 from bigtfm.job import check_job
 from bigtfm.plan.job import FRAGMENTATION, runs_of
 from bigtfm.planner.memory import plan_memory
-from bigtfm.planner.step_time import plan_step
+from bigtfm.planner.step_time import Rates, plan_step
 
 RANKS = 2
 GOALS = {"states": 0.01, "activations": 0.05, "peak": 0.05, "worst": 0.10, "seconds": 0.10}
@@ -246,16 +246,21 @@ def held_out() -> Iterator[tuple[str, Cell]]:
         yield "held out", each
 
 
-def time_rows(folder: Path, repeats: int) -> list[Row]:
-    """The calibration's trainings and others in turns; a row for each of the others."""
+def calibrated(folder: Path, cells: Iterable[tuple[str, Cell]], repeats: int) -> Rates:
+    """Measures the cells that are not measured yet, in turns; rates by those of the calibration."""
     measure = MEASURE.model_copy(update={"repeats": repeats})
-    cells = (*sweep(RANKS, "fp32"), *held_out())
-    matrix = Matrix(Path("planner"), "planner", "data/quickstart", measure, cells)
+    matrix = Matrix(Path("planner"), "planner", "data/quickstart", measure, tuple(cells))
     for row in run_matrix(matrix, folder / "time"):
         if row["status"] != "ok":
             raise SystemExit(f"{row['key']}: {row['status']}: {row['why']}")
     rows = fastest(read_rows(folder / "time" / RESULTS))
-    rates = fit_rows([row for row in rows if row["grid"] == "calibration"], folder / "time")
+    return fit_rows([row for row in rows if row["grid"] == "calibration"], folder / "time")
+
+
+def time_rows(folder: Path, repeats: int) -> list[Row]:
+    """The calibration's trainings and others in turns; a row for each of the others."""
+    rates = calibrated(folder, (*sweep(RANKS, "fp32"), *held_out()), repeats)
+    rows = fastest(read_rows(folder / "time" / RESULTS))
     found = []
     for result in together([row for row in rows if row["grid"] == "held out"]):
         step = plan_step(setting_of_row(result.first, folder / "time"), rates)
@@ -292,10 +297,10 @@ def search_rows(folder: Path, repeats: int) -> list[Row]:
     matrix = Matrix(
         Path("search"), "search", "data/quickstart", measure, tuple(("search", each) for each in cells)
     )
-    rows = [row for row in run_matrix(matrix, folder / "search") if row["status"] == "ok"]
+    for _ in run_matrix(matrix, folder / "search"):
+        pass
     rows = [row for row in read_rows(folder / "search" / RESULTS) if row["status"] == "ok"]
-    fitted = [row for row in fastest(read_rows(folder / "time" / RESULTS)) if row["grid"] == "calibration"]
-    rates = fit_rows(fitted, folder / "time")
+    rates = calibrated(folder, sweep(RANKS, "fp32"), repeats)
     planned = {row["key"]: plan_step(setting_of_row(row, folder / "search"), rates).seconds for row in rows}
     ranked = sorted(rows, key=lambda row: planned[row["key"]])
     tried = ranked[: len(ranked) // 3]

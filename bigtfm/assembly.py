@@ -11,8 +11,8 @@ import torch
 from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.data.indexed import Split
 from bigtfm.data.loader import Loader, TokenStream
-from bigtfm.data.objectives import make_objective
-from bigtfm.data.order import MAX_SIZE, InOrder, Order, Windows
+from bigtfm.data.objectives import MakeExamples, make_objective
+from bigtfm.data.order import MAX_SIZE, InOrder, Order, Source, WholeDocuments, Windows
 from bigtfm.data.streaming import StreamedTokens
 from bigtfm.engine import checkpoint
 from bigtfm.engine.checkpoint import Progress
@@ -83,14 +83,26 @@ def batches_of(job: Job, split: str) -> Loader:
     """A split's batches: training in each epoch's own order, or from a stream; validation as it stands."""
     run = job.run
     stream: TokenStream = job.dataset.split(split)
-    order: Order = InOrder(Windows(stream.num_tokens, run.seq_len, full=False))
+    order: Order = InOrder(_pieces_of(job, job.dataset.split(split), run.seq_len))
     if split == "train":
         stream = Split.join([dataset.split(split) for dataset in job.datasets])
         if job.source is not None:
             stream = StreamedTokens.like(job.dataset, job.source, run.seq_len)
         order = job.order
-    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
-    return Loader(stream, order, run.seq_len, job.dataset.vocab_size, objective)
+    return Loader(stream, order, run.seq_len, job.dataset.vocab_size, _objective(job))
+
+
+def _pieces_of(job: Job, split: Split, seq_len: int) -> Source:
+    """A split as it stands: windows of text, or whole examples of a task."""
+    if job.run.supervised:
+        return WholeDocuments(split.document_starts(0, split.num_tokens), split.num_tokens, seq_len)
+    return Windows(split.num_tokens, seq_len, full=False)
+
+
+def _objective(job: Job) -> MakeExamples:
+    run = job.run
+    causal = run.model.family == "gpt"
+    return make_objective(run.objective, run.objective_kind, job.special, run.run.seed, causal=causal)
 
 
 def start_stream(job: Job, stream: StreamedTokens, progress: Progress, ranks: Ranks) -> None:
@@ -117,7 +129,8 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
     found = checkpoint.newest(job.checkpoints, ranks)
     if found is None:
         if job.run.run.init_from is not None:
-            checkpoint.start_from(starting_point(job, now, ranks), engine)
+            path, heads = starting_point(job, now, ranks)
+            checkpoint.start_from(path, engine, heads)
         return Progress(identity=now), fresh_probe(job, ranks)
     state = checkpoint.read_state(found)
     allow, before = job.run.resume.allow, state["progress"]["identity"]
@@ -166,9 +179,9 @@ def fresh_probe(job: Job, ranks: Ranks) -> Probe | None:
     """The first short sample of the data set in which something is to be predicted; None: of 64 none is."""
     run, split = job.run, job.dataset.split("train")
     seq_len = min(run.seq_len, PROBE_TOKENS)
-    objective = make_objective(run.objective, run.objective_kind, job.special, run.run.seed)
-    order = InOrder(Windows(split.num_tokens, seq_len, full=False))
-    loader = Loader(split, order, seq_len, job.dataset.vocab_size, objective)
+    loader = Loader(
+        split, InOrder(_pieces_of(job, split, seq_len)), seq_len, job.dataset.vocab_size, _objective(job)
+    )
     for sample in range(min(64, loader.num_samples)):
         batch = loader.batch(sample, 1)
         if batch.num_labels:

@@ -115,7 +115,7 @@ def resolve(
         sources=shares,
         family=config.model.family,
         objective=config.objective_kind,
-        parameters=count_parameters(config.model, vocab_size),
+        parameters=count_parameters(config.model, vocab_size, config.objective_kind),
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
         precision=deepspeed.precision,

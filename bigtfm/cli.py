@@ -214,6 +214,30 @@ def prepare(
     ] = None,
     stdin_format: Annotated[str, typer.Option(help="Format of '-': txt, jsonl or csv.")] = "txt",
     workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one a core.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Make examples of a task, of rows: classification, tagging, question_answering, "
+            "translation, summarisation or chat. Default: none, text."
+        ),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=COLUMN, where a task's column has another name, e.g. label=stars. May be given more "
+            "than once. Default: its own names."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="A task's labels in their order, with commas. Default: all in the rows, sorted."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens of a task's example; data.seq_len has to hold it.")
+    ] = 512,
+    template: Annotated[
+        str | None, typer.Option(help="How chat writes turns: plain or chatml. Default: plain.")
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -232,6 +256,14 @@ def prepare(
     """
     from bigtfm.data.prepare import prepare as run
 
+    setting = None
+    if task is not None:
+        from bigtfm.tasks.known import setting_of
+
+        setting = setting_of(task, column or [], labels, max_tokens, template)
+    elif column or labels or template:
+        fix = "name the task with --task, or leave them out"
+        raise ConfigProblem("--column, --labels and --template are a task's", where="command line", fix=fix)
     summary = run(
         inputs or ["embedded"],
         out,
@@ -245,8 +277,14 @@ def prepare(
         workers=workers,
         shard=shard,
         force=force,
+        task=setting,
     )
     print(summary.line)
+    if setting is not None and shard is None:
+        from bigtfm.data.best_fit import pack as pack_examples
+
+        folder, plan = pack_examples(out, setting.max_tokens)
+        print(plan.line(folder))
 
 
 @app.command()
@@ -338,6 +376,119 @@ def generate(
     )
     for answer in answers(*open_run(run_dir), prompts or [""], settings, _given(context)):
         print(json.dumps(answer.record) if as_json else f"{answer.shown}\n")
+
+
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data", help="File or folder of rows (.jsonl .csv .tsv .parquet) or text. More than once."
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", help="NAME=COLUMN, where a column has another name than when the data were prepared."
+    ),
+]
+NumBeams = Annotated[int, typer.Option(min=1, max=1000, help="Beams of what is written; 1: greedy.")]
+LengthPenalty = Annotated[
+    float, typer.Option(help="Beam search ranks by log-probability / tokens^this; the larger, the longer.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write for a row.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a batch, about.")]
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDirectory,
+    data: Data,
+    column: Columns = None,
+    text_column: Annotated[
+        str, typer.Option(help="Column of the text, for a run that has learnt text.")
+    ] = "text",
+    predictions: Annotated[
+        Path | None, typer.Option(help="File to write predictions and references to. Default: none.")
+    ] = None,
+    num_beams: NumBeams = 4,
+    length_penalty: LengthPenalty = 1.0,
+    max_new_tokens: MaxNewTokens = 128,
+    batch_tokens: BatchTokens = 4096,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens by which windows over text move. Default: half a window."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a table.")] = False,
+) -> None:
+    """Say how good a run is on held-out rows, or text.
+
+    The metrics of its task (accuracy, F1, BLEU, ROUGE, ...) with 95 % intervals, beside those of what would
+    be said without a model; of text perplexity and bits per byte. Under a launcher each rank takes a share.
+    """
+    from bigtfm.tasks.evaluate import Options, render
+    from bigtfm.tasks.evaluate import evaluate as run
+
+    options = Options(
+        tuple(column or ()), text_column, num_beams, length_penalty, max_new_tokens, batch_tokens, stride
+    )
+    found = run(run_dir, data, options, predictions)
+    if found is None:
+        return
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found))
+
+
+@app.command()
+def predict(
+    run_dir: RunDirectory,
+    data: Data,
+    column: Columns = None,
+    num_beams: NumBeams = 4,
+    length_penalty: LengthPenalty = 1.0,
+    max_new_tokens: MaxNewTokens = 128,
+    batch_tokens: BatchTokens = 4096,
+) -> None:
+    """Say what a run of a task says of each row: JSON lines, in the order of the rows."""
+    from bigtfm.tasks.evaluate import Options
+    from bigtfm.tasks.evaluate import predict as run
+
+    options = Options(
+        tuple(column or ()),
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+    )
+    for said in run(run_dir, data, options):
+        print(json.dumps(said))
+
+
+@app.command()
+def chat(
+    run_dir: RunDirectory,
+    system: Annotated[
+        str | None, typer.Option(help="What the assistant is told first. Default: nothing.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: the likeliest token; 1: the model's own distribution.")
+    ] = 0.7,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that hold this probability."),
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a run that has learnt to chat: a line each, answers in between.
+
+    /new begins another conversation; an empty line or the end of the input ends it.
+    """
+    from bigtfm.tasks.terminal import talk
+
+    talk(run_dir, system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
 
 def _given(context: typer.Context) -> list[str]:

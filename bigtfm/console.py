@@ -7,8 +7,8 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
@@ -215,6 +215,17 @@ class Console:
             return None
         longest = 10 * statistics.median(self._intervals)
         return (self._total - step) * statistics.fmean(min(taken, longest) for taken in self._intervals)
+
+
+@contextmanager
+def progress_bar(label: str, on: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal: hears what is done, and of how many."""
+    from rich.progress import Progress
+
+    console = Terminal(stderr=True)
+    with Progress(console=console, transient=True, disable=not (on and console.is_terminal)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def duration(seconds: float) -> str:

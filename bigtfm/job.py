@@ -10,7 +10,9 @@ from typing import Any
 
 from bigtfm.check import Resolved, resolve
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
+from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import RunConfig, load_run_config
+from bigtfm.config.sections import LABELLED
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.mixture import training_order
 from bigtfm.data.order import Order
@@ -66,13 +68,58 @@ class Job:
         return self.run.run_dir / "checkpoints"
 
 
+def of_task(run: RunConfig, datasets: Sequence[TokenDataset]) -> RunConfig:
+    """The run, with as many labels as its data sets have where it learns a task of theirs.
+
+    Raises:
+        ConfigProblem: the data are of another task, or their examples longer than the run's sequences.
+        DataProblem: data sets of a mixture differ in what they are for.
+    """
+    first, *others = (dataset.header.task for dataset in datasets)
+    for dataset, other in zip(datasets[1:], others, strict=True):
+        if other != first:
+            raise DataProblem(
+                f"not prepared for the same task as {datasets[0].path}",
+                where=str(dataset.path),
+                fix="prepare both with the same --task, labels and options",
+            )
+    if not run.supervised:
+        return run
+    kind, where = run.objective_kind, str(datasets[0].path)
+    if first is None or kind not in first.kinds:
+        holds = f"examples of {first.name}" if first is not None else "text"
+        raise ConfigProblem(
+            f"objective.kind {kind} can't learn {holds}",
+            where=where,
+            fix=f"set objective.kind to {' or '.join(first.kinds)}"
+            if first is not None
+            else "prepare examples with `bigtfm prepare --task`",
+        )
+    if run.seq_len < first.max_tokens:
+        raise ConfigProblem(
+            f"data.seq_len {run.seq_len} is less than the {first.max_tokens} tokens that an example may have",
+            where=where,
+            fix=f"set data.seq_len to {first.max_tokens}, or prepare with --max-tokens {run.seq_len}",
+        )
+    labels = run.model.num_labels or len(first.labels)
+    if kind not in LABELLED:
+        return run
+    if labels < len(first.labels):
+        raise ConfigProblem(
+            f"model.num_labels {labels} is less than the {len(first.labels)} labels of the data",
+            where="run config",
+            fix="leave model.num_labels out",
+        )
+    return run.model_copy(update={"model": run.model.model_copy(update={"num_labels": labels})})
+
+
 def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str], world_size: int) -> Job:
     """Reads and checks everything that a run is made of.
 
     Raises:
         ConfigProblem: one of the files, or what they say together, is wrong.
         DataProblem: the data set is missing, damaged or too small, its tokenizer lacks what the objective
-            needs, or data.stream can't be trained on.
+            needs, data.stream can't be trained on, or data sets of several tasks are mixed.
     """
     deepspeed = load_deepspeed_json(deepspeed_json)
     run = load_run_config(config, overrides)
@@ -80,6 +127,7 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
     if run.guard.halve_micro_batch:
         deepspeed = deepspeed.with_micro_batch(remembered(run.run_dir, stated), world_size)
     datasets = tuple(TokenDataset.open(path) for path in run.data.paths)
+    run = of_task(run, datasets)
     special = special_ids(load_tokenizer(datasets[0].tokenizer_path), run)
     source = StreamSource.open(run.data.stream, run.data.text_column) if run.data.stream else None
     order: Order = ShuffledBlocks(run.seq_len, run.run.seed)

@@ -160,13 +160,15 @@ class Recorder:
 
     def _next_commands(self, mlflow_run: str | None) -> tuple[tuple[str, str], ...]:
         run_dir = shlex.quote(str(self._job.run.run_dir))
-        prompt = {
+        prompts = {
             "causal_lm": "My fellow Americans,",
             "masked_lm": "My fellow <mask>,",
             "span_corruption": "My fellow <extra_id_0>,",
             "infilling": "My fellow <mask>,",
-        }[self._job.run.objective_kind]
-        commands = [("see what it writes", f'bigtfm generate --run {run_dir} --prompt "{prompt}"')]
+        }
+        commands = [("see how good it is", f"bigtfm evaluate --run {run_dir} --data HELD_OUT")]
+        if (prompt := prompts.get(self._job.run.objective_kind)) is not None:
+            commands = [("see what it writes", f'bigtfm generate --run {run_dir} --prompt "{prompt}"')]
         if mlflow_run is not None:
             commands.append(("see the curves", "make ui"))
         elif self._mirror is not None:

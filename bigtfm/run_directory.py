@@ -28,6 +28,7 @@ from bigtfm.job import Job
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
 
+TASK = "task.json"  # what the run's examples are: their labels, how rows become examples
 HUGGING_FACE = "huggingface"  # folder of an imported run: the original config
 
 
@@ -110,15 +111,15 @@ def brief(value: Any) -> Any:
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
-FREE_TO_CHANGE = (
-    "dropout",
-    "attention_dropout",
-    "init_std",
-)  # of a model whose weights a fresh run takes over
+# Of a model whose weights a fresh run takes over:
+FREE_TO_CHANGE = ("dropout", "attention_dropout", "init_std")
+HEADS = ("lm_head.", "mlm_head.", "next_sentence.", "task_head.")  # these differ where the objectives do
+HEAD_KEYS = ("head_bias", "tied_embeddings", "next_sentence", "num_labels", "vocab_size")
 
 
-def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
-    """The checkpoint that run.init_from names, of a model that is this one.
+def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> tuple[Path, tuple[str, ...]]:
+    """The checkpoint that run.init_from names, of a model that is this one but for the head, where that is
+    another objective's: then also the beginnings of the heads' names.
 
     Raises:
         ConfigProblem: its model or its tokenizer is another.
@@ -134,7 +135,9 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
         )
     saved = checkpoint.read_state(found)["progress"]["identity"]
     before, after = dict(saved["model"]), dict(now["model"])
-    for name in FREE_TO_CHANGE + (("max_seq_len",) if job.run.model.positions != "learned" else ()):
+    other_head = job.run.supervised and saved["objective"]["kind"] != job.run.objective_kind
+    free = FREE_TO_CHANGE + (("max_seq_len",) if job.run.model.positions != "learned" else ())
+    for name in free + (HEAD_KEYS if other_head else ()):
         before[name] = after[name]
     refuse_changes(
         {"model": before, "tokenizer": saved["tokenizer"]},
@@ -143,7 +146,7 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> Path:
         found,
         undo=f"take the [model] table of {source / 'run.toml'}, and its tokenizer for `bigtfm prepare`",
     )
-    return found
+    return found, HEADS if other_head else ()
 
 
 def lay_out(job: Job) -> None:
@@ -166,6 +169,8 @@ def lay_out(job: Job) -> None:
     }
     (folder / "resolved.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
     shutil.copytree(job.dataset.tokenizer_path, folder / "tokenizer", dirs_exist_ok=True)
+    if job.run.supervised and job.dataset.header.task is not None:
+        (folder / TASK).write_text(job.dataset.header.task.model_dump_json(indent=1) + "\n", encoding="utf-8")
     imported = Path(job.run.run.init_from or "") / HUGGING_FACE
     if job.run.run.init_from and imported.is_dir():  # what the model was there: an export makes it that again
         shutil.copytree(imported, folder / HUGGING_FACE, dirs_exist_ok=True)
@@ -199,7 +204,9 @@ def saved_run(run_dir: Path, step: int | None = None, best: bool = False) -> Sav
         saved = checkpoint.read_state(found)["progress"]["identity"]
         run = RunConfig(
             model=ModelSection.model_validate(saved["model"]),
-            data=DataSection(seq_len=saved["data"]["seq_len"]),
+            data=DataSection(
+                seq_len=saved["data"]["seq_len"], packing=saved["data"].get("packing", "windows")
+            ),
             objective=ObjectiveSection.model_validate(saved["objective"]),
         )
         identity, vocab_size = saved["tokenizer"], run.model.vocab_size

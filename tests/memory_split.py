@@ -11,6 +11,7 @@ class MemorySplit:
     """
 
     name = "train"
+    marked = False
 
     def __init__(self, lengths, vocab_size=1000, dtype=np.uint16, *, documents=False, seed=0):
         self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)

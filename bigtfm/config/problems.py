@@ -127,8 +127,8 @@ def known_cause(error: Exception) -> Problem | None:
         return ConfigProblem(
             "the system starts no more threads",
             where="this machine",
-            fix="leave more memory for them (a smaller micro batch or model), or raise the limit on processes: "
-            "ulimit -u, or the job's pids.max",
+            fix="leave more memory for them (a smaller micro batch or model), or raise the limit on "
+            "processes: ulimit -u, or the job's pids.max",
         )
     if kind == "DistNetworkError" and "EADDRINUSE" in str(error):
         return ConfigProblem(

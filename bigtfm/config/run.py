@@ -20,7 +20,9 @@ from pydantic_core import ErrorDetails
 from bigtfm.config.deepspeed_walk import place_of
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 from bigtfm.config.sections import (
+    LABELLED,
     OBJECTIVES,
+    SUPERVISED,
     USED_BY,
     ComputeSection,
     DataSection,
@@ -61,6 +63,19 @@ class RunConfig(Section):
                 f"a {family} can't learn objective.kind {objective.kind}",
                 f"set objective.kind to {' or '.join(OBJECTIVES[family])}, or another model.family",
             )
+        if self.model.num_labels and self.objective_kind not in LABELLED:
+            raise ValueError(
+                f"model.num_labels does nothing for {self.objective_kind}",
+                f"leave it out; it is for {' and '.join(LABELLED)}",
+            )
+        if self.objective_kind in SUPERVISED and (self.data.packing != "best_fit" or self.data.stream):
+            raise ValueError(
+                f"objective.kind {self.objective_kind} learns whole examples, and "
+                + ("a stream has none" if self.data.stream else "windows would cut them"),
+                "prepare a task's data set, and leave data.stream out"
+                if self.data.stream
+                else "set data.packing to best_fit",
+            )
         for name, kinds in USED_BY.items():
             default = type(objective).model_fields[name].default
             if self.objective_kind not in kinds and getattr(objective, name) != default:
@@ -94,6 +109,11 @@ class RunConfig(Section):
     def objective_kind(self) -> Objective:
         """What is predicted."""
         return self.objective.kind or OBJECTIVES[self.model.family][0]
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it learns a task's examples."""
+        return self.objective_kind in SUPERVISED
 
     @model_validator(mode="after")
     def _sequence_fits(self) -> RunConfig:

@@ -161,6 +161,12 @@ class ModelSection(Section):
         description="tokens that the model knows, where it knows more than the data have (an imported "
         "model); unset: the data set's, and what the objective adds",
     )
+    num_labels: int | None = Field(
+        default=None,
+        ge=1,
+        description="classes of the head that classification and tagging put in the place of the output "
+        "layer; unset: the data set's labels",
+    )
     vocab_multiple: int = Field(
         default=64,
         ge=1,
@@ -401,12 +407,18 @@ class DataSection(Section):
         return tuple(source.path for source in self.sources) or (self.path,)
 
 
-Objective = Literal["causal_lm", "masked_lm", "span_corruption", "infilling"]
+Objective = Literal[
+    "causal_lm", "masked_lm", "span_corruption", "infilling",
+    "completion", "sequence_to_sequence", "classification", "tagging", "question_answering",
+]  # fmt: skip
 OBJECTIVES: dict[str, tuple[Objective, ...]] = {  # of each family; the first is its default
-    "gpt": ("causal_lm",),
-    "bert": ("masked_lm",),
-    "encoder_decoder": ("span_corruption", "infilling"),
+    "gpt": ("causal_lm", "completion", "classification", "tagging"),
+    "bert": ("masked_lm", "classification", "tagging", "question_answering"),
+    "encoder_decoder": ("span_corruption", "infilling", "sequence_to_sequence"),
 }
+LABELLED = ("classification", "tagging")  # a head with a class for each label
+HEADED = (*LABELLED, "question_answering")  # a head in the output layer's place
+SUPERVISED = (*HEADED, "completion", "sequence_to_sequence")  # they learn a task's examples
 
 
 class ObjectiveSection(Section):
@@ -414,12 +426,15 @@ class ObjectiveSection(Section):
 
     kind: Objective | None = Field(
         default=None,
-        description="what is predicted: causal_lm (gpt: the next token), masked_lm (bert: hidden tokens), "
-        "span_corruption (encoder_decoder: the spans cut out, as T5) or infilling (encoder_decoder: the text "
-        "of which spans are hidden, as BART); unset: the family's first",
+        description="what is predicted. Of text: causal_lm (gpt: the next token), masked_lm (bert: hidden "
+        "tokens), span_corruption (encoder_decoder: the spans cut out, as T5), infilling (encoder_decoder: "
+        "the text of which spans are hidden, as BART). Of a task's data set (`bigtfm prepare --task`): "
+        "completion (gpt: the answer's tokens), sequence_to_sequence (encoder_decoder: the target's tokens), "
+        "classification (gpt, bert: the example's label), tagging (gpt, bert: each word's label), "
+        "question_answering (bert: where the answer begins and ends); unset: the family's first of text",
     )
     mask_fraction: float = Field(
-        default=0.15, gt=0, lt=1, description="share of the tokens that is hidden (not in causal_lm)"
+        default=0.15, gt=0, lt=1, description="share of the tokens that is hidden, of text (not in causal_lm)"
     )
     mask_random: float = Field(
         default=0.1, ge=0, le=1, description="masked_lm: share of the hidden tokens that become random ones"
@@ -441,7 +456,7 @@ class ObjectiveSection(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="probability mass spread over the vocabulary (training loss only)",
+        description="probability mass spread over the vocabulary or the labels (training loss only)",
     )
     l1: float = Field(
         default=0.0,

@@ -1,4 +1,7 @@
-"""Documents, as bytes, of a span of input: a .txt cut at paragraph ends, the rows of everything else."""
+"""Documents, as bytes, of a span of input: a .txt cut at paragraph ends, the rows of everything else.
+
+A task's rows have several columns, and are read by `read_rows`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any
 
 from bigtfm.config.problems import DataProblem
@@ -20,6 +25,10 @@ from bigtfm.data.tokenizer import character_start
 BORDER_WINDOW = 65536  # how far past its nominal place a border between spans of a .txt is looked for
 ROWS = 256  # rows read at a time from tables
 TEXT_COLUMN_FIX = "name the column that holds the text with --text-column (training: data.text_column)"
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+Row = Mapping[str, Any]
+Where = Callable[[], str]  # file, and line where there are lines
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 
 
@@ -29,18 +38,39 @@ def read_documents(span: Span, reading: Reading) -> Iterator[bytes]:
     Raises:
         DataProblem: unreadable, damaged, or a row without the text column (the line names file and line).
     """
-    try:
+    with _readable(span):
         if span.kind == "txt":
             yield from _text(span, reading.document_bytes)
         elif span.kind == "txt.gz":
             with gzip.open(span.path) as file:
                 yield from _cut(file, sys.maxsize, reading.document_bytes)
-        elif span.kind in ("jsonl", "jsonl.gz"):
-            yield from _jsonl(span, reading.text_column)
-        elif span.kind in ("csv", "csv.gz"):
-            yield from _csv(span, reading.text_column)
         else:
-            yield from _rows(span, reading.text_column)
+            column = reading.text_column
+            for row, where in _rows(span, (column,)):
+                yield as_bytes(row[column], column, where)
+
+
+def read_rows(
+    span: Span, columns: Collection[str], optional: Collection[str] = ()
+) -> Iterator[tuple[Row, Where]]:
+    """The span's rows, in order: the values of `columns`, and what tells the place of the row.
+
+    optional: columns that may be missing.
+
+    Raises:
+        DataProblem: text without columns, unreadable, damaged, or a row without one of the columns.
+    """
+    if span.kind in ("txt", "txt.gz"):
+        what, fix = "has no columns", "give the examples as rows of a .jsonl, .csv, .tsv or .parquet file"
+        raise DataProblem(what, where=span.path, fix=fix)
+    with _readable(span):
+        yield from _rows(span, columns, optional)
+
+
+@contextmanager
+def _readable(span: Span) -> Iterator[None]:
+    try:
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataProblem(
             f"damaged gzip file: {error}", where=span.path, fix="fetch the file again"
@@ -98,7 +128,17 @@ def _paragraph_end(buffer: bytes | bytearray, start: int, stop: int) -> int:
     return character_start(buffer, stop)
 
 
-def _jsonl(span: Span, column: str) -> Iterator[bytes]:
+def _rows(
+    span: Span, columns: Collection[str], optional: Collection[str] = ()
+) -> Iterator[tuple[Row, Where]]:
+    if span.kind in ("jsonl", "jsonl.gz"):
+        return _jsonl(span, columns, optional)
+    if span.kind.removesuffix(".gz") in DELIMITERS:
+        return _delimited(span, columns, optional)
+    return _table(span, columns, optional)
+
+
+def _jsonl(span: Span, columns: Collection[str], optional: Collection[str]) -> Iterator[tuple[Row, Where]]:
     """A line belongs to the span that holds its first byte."""
     compressed = span.kind == "jsonl.gz"
     stop = sys.maxsize if compressed else span.stop
@@ -116,24 +156,30 @@ def _jsonl(span: Span, column: str) -> Iterator[bytes]:
             if position == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.isspace() and line:
-                yield _json_text(line, column, span, position)
+                where = partial(_line, span, position)
+                yield _json_row(line, columns, optional, where), where
             position = file.tell()
 
 
-def _json_text(line: bytes, column: str, span: Span, position: int) -> bytes:
+def _json_row(line: bytes, columns: Collection[str], optional: Collection[str], where: Where) -> Row:
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataProblem(
-            f"invalid JSON: {error}", where=_line(span, position), fix="correct or remove that line"
+            f"invalid JSON: {error}", where=where(), fix="correct or remove that line"
         ) from None
     if not isinstance(row, dict):
-        raise DataProblem(
-            "not a JSON object", where=_line(span, position), fix=f'write {{"{column}": "..."}}'
-        )
-    if column not in row:
-        raise tables.no_column(column, list(row), _line(span, position))
-    return as_bytes(row[column], column, lambda: _line(span, position))
+        example = ", ".join(f'"{column}": "..."' for column in columns)
+        raise DataProblem("not a JSON object", where=where(), fix=f"write {{{example}}}")
+    for column in columns:
+        if column not in row and column not in optional:
+            raise tables.no_column(column, list(row), where(), option=_option(columns))
+    return row
+
+
+def _option(columns: Collection[str]) -> str:
+    """The flag that names a column."""
+    return "pass --text-column" if len(columns) == 1 else "name it with --column"
 
 
 def _line(span: Span, position: int) -> str:
@@ -146,55 +192,67 @@ def _line(span: Span, position: int) -> str:
     return f"{span.path}:{lines}"
 
 
-def _csv(span: Span, column: str) -> Iterator[bytes]:
+def _delimited(
+    span: Span, columns: Collection[str], optional: Collection[str]
+) -> Iterator[tuple[Row, Where]]:
     csv.field_size_limit(sys.maxsize)  # the module's limit of 128 KiB is for a field; ours is memory
-    with gzip.open(span.path) if span.kind == "csv.gz" else open(span.path, "rb") as raw:
+    delimiter = DELIMITERS[span.kind.removesuffix(".gz")]
+    with gzip.open(span.path) if span.kind.endswith(".gz") else open(span.path, "rb") as raw:
         # surrogateescape: what is no UTF-8 comes through as the bytes it is
-        reader = csv.reader(io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline=""), strict=True)
+        text = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         try:
             header = next(reader, None)
             if header is None:
                 return
-            if column not in header:
-                raise tables.no_column(column, header, f"{span.path}:1")
-            place = header.index(column)
+            for column in columns:
+                if column not in header and column not in optional:
+                    raise tables.no_column(column, header, f"{span.path}:1", option=_option(columns))
+            places = {column: header.index(column) for column in columns if column in header}
             for row in reader:
-                if len(row) > place:
-                    yield row[place].encode("utf-8", "surrogateescape")
+                where = partial(_at, span.path, reader.line_num)
+                if len(row) > max(places.values(), default=-1):
+                    values = {column: row[place] for column, place in places.items()}
+                    yield (
+                        {column: v.encode("utf-8", "surrogateescape") for column, v in values.items()},
+                        where,
+                    )
                 elif row:
                     what = f"only {len(row)} of {len(header)} columns"
-                    raise DataProblem(
-                        what, where=f"{span.path}:{reader.line_num}", fix="correct or remove that row"
-                    )
+                    raise DataProblem(what, where=where(), fix="correct or remove that row")
         except csv.Error as error:
-            where = f"{span.path}:{reader.line_num}"
+            where = partial(_at, span.path, reader.line_num)
             raise DataProblem(
-                f"invalid CSV: {error}", where=where, fix="correct or remove that row"
+                f"invalid CSV: {error}", where=where(), fix="correct or remove that row"
             ) from None
 
 
-def _rows(span: Span, column: str) -> Iterator[bytes]:
-    def where() -> str:
-        return span.path
+def _at(path: str, line: int) -> str:
+    return f"{path}:{line}"
 
+
+def _table(span: Span, columns: Collection[str], optional: Collection[str]) -> Iterator[tuple[Row, Where]]:
+    where, needed = partial(str, span.path), [column for column in columns if column not in optional]
     if span.kind == "parquet":
         groups = list(range(span.start, span.stop))
-        file = tables.open_parquet(span.path, column)
+        file = tables.open_parquet(span.path, *needed)
+        wanted = [column for column in columns if column in file.schema_arrow.names]
         with tables.parquet_errors(span.path):
-            for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    yield as_bytes(value, column, where)
+            for batch in file.iter_batches(ROWS, row_groups=groups, columns=wanted, use_threads=False):
+                for row in batch.to_pylist():
+                    yield row, where
     elif span.kind == "arrow":
-        rows = tables.open_arrow(span.path, column)
+        rows = tables.open_arrow(span.path, *needed)
         with tables.datasets_errors(span.path):
             for start in range(span.start, span.stop, ROWS):
-                for value in rows[start : min(start + ROWS, span.stop)][column]:
-                    yield as_bytes(value, column, where)
+                block = rows[start : min(start + ROWS, span.stop)]
+                for values in zip(*block.values(), strict=True):
+                    yield dict(zip(block, values, strict=True)), where
     else:
-        dataset = tables.open_streamed(span.path, column)
+        dataset = tables.open_streamed(span.path, *needed)
         with tables.datasets_errors(span.path):
             for row in dataset.shard(num_shards=dataset.num_shards, index=span.start):
-                yield as_bytes(row[column], column, where)
+                yield row, where
 
 
 def as_bytes(value: Any, column: str, where: Callable[[], str]) -> bytes:

@@ -9,6 +9,10 @@ A data set is a folder:
     tokenizer/               the tokenizer's own files
 
 The files of a split follow each other in one stream of tokens; a document never runs over a file's end.
+
+In a task's data set (`bigtfm prepare --task`) a document is an example, and each token has a mark, a number
+below 4096 that says what is to be learnt there (data/examples.py): ids are uint32, with the mark in their
+upper 12 bits.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ TOKENIZER_FOLDER = "tokenizer"
 INDEX_DTYPE = np.dtype("<u8")
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
 SHA256 = r"^[0-9a-f]{64}$"
+MARK_SHIFT = 20  # bits of an id below its mark
+MAX_MARK = 2 ** (32 - MARK_SHIFT) - 1
 VERIFIED_BYTES = 256 * 2**20  # up to here SHA-256 is checked at every start, in under a second
 
 SplitName = Literal["train", "validation"]
@@ -93,6 +99,16 @@ class TokenizerHeader(_Strict):
     files: tuple[TokenizerFile, ...] = Field(strict=False, min_length=1)
 
 
+class TaskHeader(_Strict):
+    """What the examples of a task's data set are for."""
+
+    name: str  # as `bigtfm prepare --task` calls it
+    kinds: tuple[str, ...] = Field(strict=False)  # of objectives that can learn them
+    labels: tuple[str, ...] = Field(default=(), strict=False, max_length=MAX_MARK)  # mark n + 1 is label n
+    max_tokens: int = Field(ge=1)  # no example is longer
+    options: dict[str, Any] = {}  # how rows became examples: columns, templates
+
+
 class Header(_Strict):
     """dataset.json."""
 
@@ -102,6 +118,7 @@ class Header(_Strict):
     vocab_size: int = Field(ge=1, le=2**31)
     tokenizer: TokenizerHeader
     splits: dict[SplitName, SplitHeader] = Field(min_length=2)
+    task: TaskHeader | None = None
     source: dict[str, Any]
     options: dict[str, Any]
 
@@ -109,6 +126,8 @@ class Header(_Strict):
     def _ids_fit(self) -> Header:
         if self.dtype == "uint16" and self.vocab_size > 65536:
             raise ValueError(f"a vocabulary of {self.vocab_size} doesn't fit uint16")
+        if self.task is not None and (self.dtype != "uint32" or self.vocab_size > 2**MARK_SHIFT):
+            raise ValueError(f"marks don't fit {self.dtype} beside a vocabulary of {self.vocab_size}")
         for name, split in self.splits.items():
             if split.max_id >= self.vocab_size:
                 raise ValueError(
@@ -154,14 +173,20 @@ class Signed(NamedTuple):
 class Split:
     """One split of a data set: a stream of tokens, read where it is needed.
 
-    folders: where each of the header's files lies.
+    folders: where each of the header's files lies. marked: whether the tokens have marks.
     """
 
     def __init__(
-        self, name: SplitName, header: SplitHeader, folders: Sequence[Path], dtype: np.dtype[Any]
+        self,
+        name: SplitName,
+        header: SplitHeader,
+        folders: Sequence[Path],
+        dtype: np.dtype[Any],
+        marked: bool = False,
     ) -> None:
         self.name = name
         self.header = header
+        self.marked = marked
         self._folders = folders
         places = list(zip(folders, header.files, strict=True))
         self._tokens = [_map(folder / file.name, dtype, file.tokens) for folder, file in places]
@@ -175,11 +200,12 @@ class Split:
     def __reduce__(
         self,
     ) -> tuple[object, ...]:  # another process maps the files; a map's content would travel
-        return type(self), (self.name, self.header, [f.absolute() for f in self._folders], self._dtype)
+        folders = [f.absolute() for f in self._folders]
+        return type(self), (self.name, self.header, folders, self._dtype, self.marked)
 
     @classmethod
     def join(cls, splits: Sequence[Split]) -> Split:
-        """The streams of splits of the same dtype, one behind the other, as one."""
+        """The streams of splits of the same dtype, all with marks or none, one behind the other, as one."""
         if len(splits) == 1:
             return splits[0]
         headers = [split.header for split in splits]
@@ -191,7 +217,7 @@ class Split:
             files=tuple(file for header in headers for file in header.files),
         )
         folders = [folder for split in splits for folder in split._folders]
-        return cls(splits[0].name, header, folders, splits[0]._dtype)
+        return cls(splits[0].name, header, folders, splits[0]._dtype, splits[0].marked)
 
     @property
     def num_tokens(self) -> int:
@@ -213,6 +239,18 @@ class Split:
         Raises:
             IndexError: the range isn't within the split.
         """
+        found = self._read(start, stop)
+        return found & (2**MARK_SHIFT - 1) if self.marked else found
+
+    def read_marks(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """The marks of the tokens [start, stop), where they have some: uint32.
+
+        Raises:
+            IndexError: as `read`.
+        """
+        return self._read(start, stop) >> MARK_SHIFT
+
+    def _read(self, start: int, stop: int) -> Tokens:
         parts = [self._tokens[file][a:b] for file, a, b in self._parts(start, stop)]
         if len(parts) == 1:
             return parts[0]
@@ -247,8 +285,9 @@ class Split:
     def defect(self) -> str | None:
         """What the SHA-256 can't tell: ids above the header's largest, an index out of order. Reads all."""
         for file, tokens, starts in zip(self.header.files, self._tokens, self._starts, strict=True):
-            if tokens.max() > self.header.max_id:
-                return f"{file.name} holds id {tokens.max()}, above the header's {self.header.max_id}"
+            largest = int((tokens & (2**MARK_SHIFT - 1) if self.marked else tokens).max())
+            if largest > self.header.max_id:
+                return f"{file.name} holds id {largest}, above the header's {self.header.max_id}"
             if starts[0] != 0 or starts[-1] >= file.tokens or not (starts[:-1] < starts[1:]).all():
                 return f"{file.index} does not lead from document to document"
         return None
@@ -291,7 +330,7 @@ class TokenDataset:
         self.identity = identity  # SHA-256 of dataset.json, in hex: it names every byte of the data set
         dtype = np.dtype(header.dtype).newbyteorder("<")
         self._splits = {
-            name: Split(name, split, [path] * len(split.files), dtype)
+            name: Split(name, split, [path] * len(split.files), dtype, header.task is not None)
             for name, split in header.splits.items()
         }
 

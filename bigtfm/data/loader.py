@@ -24,7 +24,10 @@ class TokenStream(Protocol):
 
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def marked(self) -> bool: ...
     def read(self, start: int, stop: int) -> NDArray[Any]: ...
+    def read_marks(self, start: int, stop: int) -> NDArray[Any]: ...
     def documents_before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]: ...
     def document_positions(self, documents: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
@@ -156,7 +159,13 @@ class Loader:
             seq_len=self.seq_len,
             stream_size=self.stream.num_tokens,
             read=self._read,
+            marks=self._marks(pieces) if self.stream.marked else None,
         )
+
+    def _marks(self, pieces: Pieces) -> NDArray[np.int64]:
+        """The marks of the pieces' tokens [T]."""
+        ranges = zip(pieces.starts.tolist(), pieces.stops.tolist(), strict=True)
+        return np.concatenate([self.stream.read_marks(*piece) for piece in ranges]).astype(np.int64)
 
     def _tokens(
         self, pieces: Pieces, lengths: NDArray[np.int64]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.config.sections import ObjectiveSection
 from bigtfm.data.order import random_bits, stream_key, uniform
-from bigtfm.data.samples import IGNORE, Examples, Samples
+from bigtfm.data.samples import Examples, Samples
 
 if TYPE_CHECKING:
     from bigtfm.data.special import SpecialIds

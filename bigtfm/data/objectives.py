@@ -11,11 +11,19 @@ from functools import partial
 
 import numpy as np
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.config.sections import Objective, ObjectiveSection
 from bigtfm.data.masking import masked_lm
-from bigtfm.data.samples import IGNORE, Examples, Samples
+from bigtfm.data.samples import Examples, Samples
 from bigtfm.data.spans import infilling, span_corruption
 from bigtfm.data.special import SpecialIds
+from bigtfm.data.supervised import (
+    classification,
+    completion,
+    question_answering,
+    sequence_to_sequence,
+    tagging,
+)
 
 MakeExamples = Callable[[Samples], Examples]
 
@@ -30,10 +38,21 @@ def causal_lm(samples: Samples) -> Examples:
 
 
 def make_objective(
-    options: ObjectiveSection, kind: Objective, special: SpecialIds, seed: int
+    options: ObjectiveSection, kind: Objective, special: SpecialIds, seed: int, *, causal: bool = False
 ) -> MakeExamples:
-    """The objective that the config names, as a Loader takes it."""
-    if kind == "causal_lm":
-        return causal_lm
+    """The objective that the config names, as a Loader takes it.
+
+    causal: no token of the model sees what comes behind it.
+    """
+    plain: dict[str, MakeExamples] = {
+        "causal_lm": causal_lm,
+        "completion": completion,
+        "classification": partial(classification, last=causal),
+        "tagging": tagging,
+        "question_answering": question_answering,
+        "sequence_to_sequence": partial(sequence_to_sequence, special=special),
+    }
+    if kind in plain:
+        return plain[kind]
     function = {"masked_lm": masked_lm, "span_corruption": span_corruption, "infilling": infilling}[kind]
     return partial(function, options=options, special=special, seed=seed)

@@ -95,6 +95,30 @@ class Windows:
         return Pieces(indices, np.arange(len(indices)), starts, stops)
 
 
+class WholeDocuments:
+    """A source whose samples are documents one behind the other, as many whole ones as `seq_len` holds.
+
+    Of a document that is longer, the tokens that fit.
+
+    starts: where documents begin in the stream [documents].
+    """
+
+    def __init__(self, starts: NDArray[np.int64], num_tokens: int, seq_len: int) -> None:
+        ends = np.append(starts[1:], num_tokens)
+        firsts, document = [], 0
+        while document < len(starts):
+            firsts.append(document)
+            behind = int(np.searchsorted(ends, starts[document] + seq_len, side="right"))
+            document = max(behind, document + 1)
+        self._starts = starts[firsts]
+        self._stops = np.minimum(np.append(self._starts[1:], num_tokens), self._starts + seq_len)
+        self.size = len(firsts)
+        self.tokens_per_sample = num_tokens / max(self.size, 1)
+
+    def pieces(self, indices: NDArray[np.int64]) -> Pieces:
+        return Pieces(indices, np.arange(len(indices)), self._starts[indices], self._stops[indices])
+
+
 @dataclass(frozen=True)
 class InOrder:
     """The order of a source's own indices, once."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.config.problems import DataProblem
-from bigtfm.data.samples import IGNORE
 
 
 def unpad(

@@ -9,22 +9,35 @@ command tokenises every n-th unit and joins nothing: that is left to the command
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean
-from bigtfm.data.indexed import TOKENIZER_FOLDER, Header, TokenDataset
-from bigtfm.data.sources import EMBEDDED, Reading, Source, Unit, find_sources, plan_units
+from bigtfm.data.documents import read_documents
+from bigtfm.data.examples import TaskSetting
+from bigtfm.data.indexed import MAX_MARK, TOKENIZER_FOLDER, Header, TokenDataset
+from bigtfm.data.sources import EMBEDDED, Reading, Source, Span, Unit, find_sources, plan_units
 from bigtfm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from bigtfm.data.train_tokenizer import ModelType, sample_documents, train_sentencepiece
-from bigtfm.data.units import SPLITS, Counts, Job, Record, join_units, read_record, unit_folder
+from bigtfm.data.units import (
+    SPLITS,
+    Counts,
+    Job,
+    Record,
+    join_units,
+    read_record,
+    unit_folder,
+    write_synced,
+)
 from bigtfm.data.work_folder import (
     continue_or_start,
     is_finished,
@@ -87,6 +100,7 @@ def prepare(
     progress: bool = True,
     unit_bytes: int | None = None,
     file_bytes: int = FILE_BYTES,
+    task: TaskSetting | None = None,
 ) -> Summary:
     """Make the data set in folder `out` from `inputs`.
 
@@ -109,6 +123,7 @@ def prepare(
         progress: show a bar on stderr if that is a terminal.
         unit_bytes: input bytes in a unit of work; None: 2 to 64 MiB, growing with the input.
         file_bytes: a token file ends with the unit at which it reaches this size.
+        task: rows are examples of it, not text; its sequences are packed at once.
 
     Raises:
         ConfigProblem, DataProblem, StorageProblem: one line each.
@@ -130,6 +145,9 @@ def prepare(
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     with storage_errors(out), locked(out, shard) as work:
         sources = find_sources(inputs, spool_stdin(work, stdin_format) if "-" in inputs else None)
+        if task is not None:
+            needed = [name for name in task.columns if name not in task.format.optional]
+            text_column = task.columns[needed[0]] if needed else ""
         reading = _reading(sources, text_column, document_bytes, unit_bytes)
         options = {
             "text_column": text_column,
@@ -139,6 +157,8 @@ def prepare(
             "file_bytes": file_bytes,
             "tokenizer": given.identity if given else f"{model_type} {vocab_size or 'auto'}",
         }
+        if task is not None:
+            options["task"] = task.record()
         plan = {"inputs": list(map(_name, inputs)), "sources": _fingerprint(sources), "options": options}
         if is_finished(out, plan, force):
             if shard is None:
@@ -148,9 +168,11 @@ def prepare(
             units = plan_units(sources, reading)
             with one_at_a_time(work):
                 continue_or_start(work, plan, force, alone=shard is None)
-                model = _tokenizer(work, given, units, reading, vocab_size, model_type, report)
-            dtype = "uint16" if model.vocab_size <= 65536 else "uint32"
-            job = Job(work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction)
+                documents = task.texts if task is not None else partial(read_documents, reading=reading)
+                model = _tokenizer(work, given, units, documents, vocab_size, model_type, report)
+                task = _with_labels(work, task, units, report) if task is not None else None
+            dtype = "uint16" if model.vocab_size <= 65536 and task is None else "uint32"
+            job = Job(work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction, task)
             workers = workers or _cores()
             if shard is not None:
                 records = _records(job, units, range(number, len(units), of), workers, report, None)
@@ -266,7 +288,7 @@ def _tokenizer(
     work: Path,
     given: Tokenizer | None,
     units: Sequence[Unit],
-    reading: Reading,
+    documents: Callable[[Span], Iterator[bytes]],
     vocab_size: int | None,
     model_type: ModelType,
     report: Report,
@@ -276,7 +298,7 @@ def _tokenizer(
     if folder.exists():
         return load_tokenizer(folder)
     if given is None:
-        sample = sample_documents(units, reading, report)
+        sample = sample_documents(units, documents, report)
         given = SentencePieceTokenizer(
             train_sentencepiece(sample, vocab_size=vocab_size, model_type=model_type)
         )
@@ -284,6 +306,33 @@ def _tokenizer(
     given.save(unfinished)
     unfinished.rename(folder)
     return given
+
+
+def _with_labels(work: Path, task: TaskSetting, units: Sequence[Unit], report: Report) -> TaskSetting:
+    """With the labels of all rows, sorted, unless the user has stated them; kept for who goes on with it.
+
+    Raises:
+        DataProblem: there are none, or too many.
+    """
+    path = work / "labels.json"
+    if task.labels or task.format.labels_of is None:
+        return task
+    if not path.exists():
+        found: set[str] = set()
+        for number, unit in enumerate(units):
+            report("reading for the labels", number, len(units))
+            found.update(label for span in unit for label in task.labels_in(span))
+            if len(found) > MAX_MARK:
+                raise DataProblem(
+                    f"more than {MAX_MARK} labels, such as '{min(found)}'",
+                    where="bigtfm prepare",
+                    fix="name the column of the labels with --column",
+                )
+        write_synced(path, json.dumps(sorted(found)).encode())
+    labels = tuple(json.loads(path.read_bytes()))
+    if not labels:
+        raise DataProblem("no labels in the input", where="bigtfm prepare", fix="check --input and --column")
+    return replace(task, labels=labels)
 
 
 def _tokenise(
@@ -369,6 +418,7 @@ def _join(
             ],
         },
         "splits": splits,
+        **({"task": job.task.record()} if job.task is not None else {}),
         "source": {"inputs": plan["inputs"], "bytes": source_bytes},
         "options": plan["options"],
     }

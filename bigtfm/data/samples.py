@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from bigtfm.data.order import random_bits
 
-IGNORE = -100  # label of a position that predicts nothing: torch's own ignore_index
-
 
 class Samples(NamedTuple):
     """Consecutive samples, read."""
@@ -30,6 +28,7 @@ class Samples(NamedTuple):
     seq_len: int  # most tokens in a sample
     stream_size: int  # tokens in the whole stream
     read: Callable[[int, int], NDArray[Any]]  # the stream's tokens from, to
+    marks: NDArray[np.int64] | None = None  # [T], of a task's data set
 
     @property
     def seq_lens(self) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from bigtfm.config.problems import DataProblem
 from bigtfm.data import tables
 
 EMBEDDED = "embedded"
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".csv.gz")
+SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".txt.gz", ".jsonl.gz", ".csv.gz", ".tsv.gz")
 READ_BYTES = 1 << 20
 
 

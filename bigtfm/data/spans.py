@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.config.sections import ObjectiveSection
 from bigtfm.data.order import stream_key, uniform
-from bigtfm.data.samples import IGNORE, Examples, Samples, choose, places, within
+from bigtfm.data.samples import Examples, Samples, choose, places, within
 
 if TYPE_CHECKING:
     from bigtfm.data.special import SpecialIds
@@ -73,13 +74,13 @@ def span_corruption(
     target[(ends - closes - 1)[hidden]] = tokens[hidden]
     target[ends[closes] - 1] = np.where(hidden_counts > 0, special.eos, IGNORE)
     decoder_lengths = np.add.reduceat(written, begins)
-    read, seq_lens = _read(encoder[kept], np.add.reduceat(kept.astype(np.int64), begins), special)
+    read, seq_lens = for_encoder(encoder[kept], np.add.reduceat(kept.astype(np.int64), begins), special)
     return Examples(
         read,
         target,
         int(np.count_nonzero(target != IGNORE)),
         seq_lens,
-        decoder_input_ids=_shifted(target, decoder_lengths, special),
+        decoder_input_ids=shifted(target, decoder_lengths, special),
         decoder_seq_lens=decoder_lengths,
     )
 
@@ -117,18 +118,18 @@ def infilling(samples: Samples, *, options: ObjectiveSection, special: SpecialId
     encoder[encoder_text] = text
     encoder[~encoder_text] = tokens[~is_text]
     target, decoder_lengths = _whole(samples, tokens, special)
-    encoder, seq_lens = _read(encoder, seq_lens, special)
+    encoder, seq_lens = for_encoder(encoder, seq_lens, special)
     return Examples(
         encoder,
         target,
         int(np.count_nonzero(target != IGNORE)),
         seq_lens,
-        decoder_input_ids=_shifted(target, decoder_lengths, special),
+        decoder_input_ids=shifted(target, decoder_lengths, special),
         decoder_seq_lens=decoder_lengths,
     )
 
 
-def _read(encoder: Ints, lengths: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
+def for_encoder(encoder: Ints, lengths: Ints, special: SpecialIds) -> tuple[Ints, Ints]:
     """What an encoder reads, and its lengths: a BOS that is EOS (T5 has no other) does not lead a text."""
     return _without_bos(encoder, lengths, special) if special.bos == special.eos else (encoder, lengths)
 
@@ -207,7 +208,7 @@ def _poisson(mean: float, most: int) -> NDArray[np.float64]:
     return np.cumsum([exp(k * log(mean) - mean - lgamma(k + 1)) for k in range(most)])
 
 
-def _shifted(target: Ints, lengths: Ints, special: SpecialIds) -> Ints:
+def shifted(target: Ints, lengths: Ints, special: SpecialIds) -> Ints:
     """What a decoder reads to write `target`: its start token, then the target but for the last token."""
     read = np.empty_like(target)
     read[1:] = target[:-1]

@@ -129,7 +129,7 @@ def _longest(run: RunConfig) -> tuple[Any, Any]:
 
 def _check_lengths(run: RunConfig) -> None:
     kind = run.objective_kind
-    least = {"causal_lm": 1, "masked_lm": 2, "span_corruption": 2, "infilling": 2}[kind]
+    least = 2 if kind in ("masked_lm", "span_corruption", "infilling") else 1
     if run.objective.next_sentence:
         least = PAIR_TOKENS
     if run.seq_len < least:

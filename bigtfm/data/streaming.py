@@ -90,6 +90,7 @@ class StreamedTokens:
 
     name = "streamed"
     num_tokens = MAX_SIZE
+    marked = False
 
     def __init__(
         self,
@@ -167,6 +168,9 @@ class StreamedTokens:
             parts.append(block.tokens[start - first : stop - first])
             start += len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def read_marks(self, start: int, stop: int) -> NDArray[Any]:
+        raise AssertionError("a stream has no marks")
 
     def documents_before(self, positions: Ints) -> Ints:
         """How many documents begin before each position p, counted from where reading began; p - 1 is a

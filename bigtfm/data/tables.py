@@ -12,13 +12,12 @@ from typing import Any
 from bigtfm.config.problems import DataProblem, did_you_mean
 
 
-def open_parquet(path: str, column: str) -> Any:
+def open_parquet(path: str, *columns: str) -> Any:
     import pyarrow.parquet
 
     with parquet_errors(path):
         file = pyarrow.parquet.ParquetFile(path)
-    if column not in file.schema_arrow.names:
-        raise no_column(column, file.schema_arrow.names, path)
+    _require(columns, file.schema_arrow.names, path)
     return file
 
 
@@ -35,27 +34,32 @@ def parquet_errors(path: str) -> Iterator[None]:
         ) from None
 
 
-def open_arrow(path: str, column: str) -> Any:
+def open_arrow(path: str, *columns: str) -> Any:
     """The rows of a folder that `datasets` saved (save_to_disk); its train split if it has several."""
     with datasets_errors(path):
         import datasets
 
         rows = datasets.load_from_disk(path)
         rows = rows[_only_split(list(rows), path)] if isinstance(rows, dict) else rows
-    if column not in rows.column_names:
-        raise no_column(column, rows.column_names, path)
-    return rows.select_columns([column])
+    _require(columns, rows.column_names, path)
+    return rows.select_columns(list(columns)) if len(columns) == 1 else rows
 
 
 @lru_cache(maxsize=1)  # a look-up on the hub each
-def open_streamed(name: str, column: str) -> Any:
+def open_streamed(name: str, *columns: str) -> Any:
     """`hf:NAME[#REVISION][@CONFIG][:SPLIT]`, a name on the hub or a local folder, as a stream of rows."""
     rows = open_split(name)[1]
     with datasets_errors(name):
-        columns = rows.column_names or list(next(iter(rows), {column: ""}))
-    if column not in columns:
-        raise no_column(column, columns, name)
+        found = rows.column_names or list(next(iter(rows), dict.fromkeys(columns)))
+    _require(columns, found, name)
     return rows
+
+
+def _require(columns: Sequence[str], found: Sequence[str], where: str) -> None:
+    option = "pass --text-column" if len(columns) == 1 else "name it with --column"
+    for column in filter(None, columns):
+        if column not in found:
+            raise no_column(column, found, where, option=option)
 
 
 def open_split(name: str) -> tuple[Any, Any, str]:

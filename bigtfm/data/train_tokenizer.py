@@ -10,8 +10,7 @@ from typing import Literal
 import numpy as np
 
 from bigtfm.config.problems import DataProblem
-from bigtfm.data.documents import read_documents
-from bigtfm.data.sources import Reading, Unit
+from bigtfm.data.sources import Span, Unit
 from bigtfm.data.tokenizer import LONGEST_SEGMENT_BYTES, SEGMENT_BYTES, WORD_MARK, segments
 
 ModelType = Literal["bpe", "unigram"]
@@ -20,7 +19,9 @@ SAMPLE_UNITS = 256  # of the input, at most, that they are taken from
 
 
 def sample_documents(
-    units: Sequence[Unit], reading: Reading, report: Callable[[str, int, int], None]
+    units: Sequence[Unit],
+    documents: Callable[[Span], Iterator[bytes]],
+    report: Callable[[str, int, int], None],
 ) -> list[bytes]:
     """Documents from all over the input, at most SAMPLE_BYTES; the same for the same input."""
     if sum(span.weight for unit in units for span in unit) > SAMPLE_BYTES:
@@ -31,7 +32,7 @@ def sample_documents(
     for number, unit in enumerate(units):
         share = room // (len(units) - number)  # what a small unit leaves goes to the later ones
         room -= share
-        for document in (document for span in unit for document in read_documents(span, reading)):
+        for document in (document for span in unit for document in documents(span)):
             sample.append(document[:share])
             share -= len(sample[-1])
             if share <= 0:

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtfm.data.documents import read_documents
-from bigtfm.data.indexed import INDEX_DTYPE, Tokens
+from bigtfm.data.examples import Example, Reader, TaskSetting, Wrong, problem
+from bigtfm.data.indexed import INDEX_DTYPE, MARK_SHIFT, Tokens
 from bigtfm.data.sources import Reading, Unit
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,6 +41,7 @@ class Job:
     dtype: str
     reading: Reading
     validation_fraction: float
+    task: TaskSetting | None = None
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Record:
     """What a unit holds. `smallest_hash` is of its documents (2**64: none)."""
 
     splits: dict[str, Counts]
-    empty_documents: int = 0
+    empty_documents: int = 0  # also rows that a task leaves out
     smallest_hash: int = 2**64
 
     @classmethod
@@ -122,6 +124,10 @@ def _write_tokens(job: Job, spans: Unit, chosen: int | None, folder: Path) -> Re
             name: stack.enter_context(_SplitWriter(folder / name, record.splits[name], tokenizer, job.dtype))
             for name in SPLITS
         }
+        if job.task is not None:
+            for name, example in _examples(job.task, spans, tokenizer, threshold, chosen, record):
+                writers[name].add_example(example, tokenizer)
+            return record
         for batch in _batches(document for span in spans for document in read_documents(span, job.reading)):
             chunks: dict[str, list[bytes]] = {name: [] for name in SPLITS}
             for document in batch:
@@ -134,6 +140,27 @@ def _write_tokens(job: Job, spans: Unit, chosen: int | None, folder: Path) -> Re
             for name, documents in chunks.items():
                 writers[name].add(documents)
     return record
+
+
+def _examples(
+    task: TaskSetting, spans: Unit, tokenizer: Tokenizer, threshold: int, chosen: int | None, record: Record
+) -> Iterator[tuple[str, Example]]:
+    """Each row's examples, all of a row in the split that the row's hash chooses."""
+    reader = Reader(tokenizer, task.max_tokens, task.labels, task.options)
+    for row, where in (found for span in spans for found in task.rows(span)):
+        try:
+            made = task.format.make(row, reader)
+        except Wrong as wrong:
+            raise problem(wrong, where()) from None
+        if not made:
+            record.empty_documents += 1
+            continue
+        number = document_hash(repr(sorted(row.items())).encode("utf-8", "surrogatepass"))
+        record.smallest_hash = min(record.smallest_hash, number)
+        split = "validation" if number < threshold or number == chosen else "train"
+        for example in made:
+            assert len(example.ids) <= task.max_tokens, "the format keeps to the reader's max_tokens"
+            yield split, example
 
 
 def document_hash(document: bytes) -> int:
@@ -205,6 +232,15 @@ class _SplitWriter(_Files):
         self._index.write((starts + self._counts.tokens).astype(INDEX_DTYPE).data)
         added = Counts(len(documents), len(stream), sum(map(len, documents)), int(stream.max()))
         self._counts.add(added)
+
+    def add_example(self, example: Example, tokenizer: Tokenizer) -> None:
+        """One document of a task's data set; its text's size is that of what its ids decode to."""
+        ids = np.array(example.ids, dtype=np.uint32)
+        marked = ids | np.array(example.marks, dtype=np.uint32) << np.uint32(MARK_SHIFT)
+        self._tokens.write(marked.astype(self._dtype).data)
+        self._index.write(np.array([self._counts.tokens], dtype=INDEX_DTYPE).data)
+        size = len(tokenizer.decode_bytes(example.ids))
+        self._counts.add(Counts(1, len(ids), max(size, 1), int(ids.max())))
 
 
 def join_units(

@@ -392,16 +392,20 @@ def load(checkpoint: Path, engine: Any, ranks: Ranks, *, moments: bool = True) -
     return Progress(**state["progress"])
 
 
-def start_from(checkpoint: Path, engine: Any) -> None:
+def start_from(checkpoint: Path, engine: Any, heads: tuple[str, ...] = ()) -> None:
     """Fills the engine's weights from a verified checkpoint; moments, counters and schedule stay fresh.
+
+    heads: beginnings of names that need not be the same on both sides: what the model alone has stays fresh.
 
     Raises:
         NoCheckpoint: the checkpoint's parameters are not this model's.
     """
     with Shards(checkpoint) as shards:
         shards.require_trainable()
-        shards.require_all_used(engine.module)
+        shards.require_all_used(engine.module, besides=heads)
         for fragment in fragments.owned_fragments(engine):
+            if fragment.name.startswith(heads) and not shards.has(fragment.name, fragment.shape):
+                continue
             shards.entry(fragment.name, fragment.shape)
             shards.fill(fragment.view(fragment.flat), fragment.name, "fp32", fragment.start)
     fragments.weights_follow_masters(engine)
@@ -473,9 +477,13 @@ class Shards:
         for file, _starts in self._open.values():
             file.close()
 
-    def require_all_used(self, model: nn.Module) -> None:
-        """Raises NoCheckpoint when the checkpoint has a parameter that the model lacks."""
+    def require_all_used(self, model: nn.Module, besides: tuple[str, ...] = ()) -> None:
+        """Raises NoCheckpoint when the checkpoint has a parameter that the model lacks.
+
+        besides: beginnings of names that it may have.
+        """
         surplus = self._index.keys() - {name for name, _ in model.named_parameters()}
+        surplus = {name for name in surplus if not name.startswith(besides)}
         if surplus:
             raise NoCheckpoint(
                 f"the checkpoint has {min(surplus)}, which the model lacks",
@@ -491,6 +499,9 @@ class Shards:
                 where=str(self._folder),
                 fix="train the run that it was made of, then compress that",
             )
+
+    def has(self, name: str, shape: tuple[int, ...]) -> bool:
+        return name in self._index and tuple(self._index[name]["shape"]) == shape
 
     def entry(self, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         entry = self._index.get(name)

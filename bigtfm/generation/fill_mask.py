@@ -29,7 +29,7 @@ def fill_mask(
     with inference(model):
         input_ids, places, _, documents = pack(prompts, model.embed_tokens.weight.device)
         x = model.hidden(input_ids, places, documents)[input_ids == mask_id]  # [M, C]
-        probabilities = model.project(model.mlm_head(x)).double().softmax(-1)  # [M, V]
+        probabilities = model.vocabulary(x).double().softmax(-1)  # [M, V]
         top = probabilities.topk(min(top_k, model.vocab_size))
     found = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     masks = [list(zip(*sides, strict=True)) for sides in found]

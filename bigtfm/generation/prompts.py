@@ -3,6 +3,7 @@
 causal_lm: the answer goes on from the prompt. masked_lm: the prompt with its masks filled in.
 span_corruption: the spans that stand for the prompt's sentinels, <extra_id_0> and so on, each behind its own.
 infilling: the whole text, with what stands for the prompt's masks.
+completion and sequence_to_sequence: the target of the prompt, which is the source.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ def answers(
     Raises:
         ConfigProblem: a prompt or a setting is not for this model.
     """
+    if model.task_head is not None:
+        raise ConfigProblem(
+            f"a run of {model.objective.kind} writes no text",
+            where="bigtfm generate",
+            fix="see what it says of rows: bigtfm predict --run RUN --data FILE",
+        )
     _refuse_idle(model.config.family, settings, set(given))
     if isinstance(model, BERT):
         top_k = settings.top_k if "top_k" in given else ALTERNATIVES
@@ -101,7 +108,8 @@ def _write(
 ) -> Iterator[Answer]:
     start: list[int] = []
     if isinstance(model, GPT):
-        ids = [[special.bos, *tokenizer.encode(text)] for text in prompts]
+        end = [special.eos] if model.objective.kind == "completion" else []  # as the prompts it has learnt
+        ids = [[special.bos, *tokenizer.encode(text), *end] for text in prompts]
     else:
         ids = [_read(text, number, tokenizer, special) for number, text in enumerate(prompts, start=1)]
         start = decoder_lead(special)

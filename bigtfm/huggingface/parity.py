@@ -175,7 +175,7 @@ def _our_outputs(model: LanguageModel, read: Probe, written: Probe | None) -> di
     if isinstance(model, BERT):
         types = read.token_types[read.mask] if model.config.token_types > 1 else None
         x = model.hidden(*read.packed, token_type_ids=types)
-        logits = model.project(model.mlm_head(x))
+        logits = model.vocabulary(x)
         outputs = {"last_hidden_state": x, "logits": logits, "prediction_logits": logits}
         if model.next_sentence is not None:
             outputs["seq_relationship_logits"] = model.next_sentence(x[read.packed[2].cu_seqlens[:-1].long()])

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.model.attention import Documents
-from bigtfm.model.cross_entropy import IGNORE
 from bigtfm.model.heads import LanguageModel, MaskedHead, NextSentence
 from bigtfm.model.transformer import AttentionMaps, Stack
 
@@ -19,8 +19,9 @@ class BERT(LanguageModel):
 
     def _make_stacks(self) -> None:
         self.encoder = Stack(self.config, "encoder", seed=self.seed, compute=self.compute)
-        self.mlm_head = MaskedHead(self.config)
-        self.next_sentence = NextSentence(self.config) if self.config.next_sentence else None
+        pretraining = self.task_head is None
+        self.mlm_head = MaskedHead(self.config) if pretraining else None
+        self.next_sentence = NextSentence(self.config) if self.config.next_sentence and pretraining else None
         if self.next_sentence is not None and not self.objective.next_sentence:  # it gets no gradient
             for parameter in self.next_sentence.parameters():
                 parameter.no_weight_decay = True  # type: ignore[attr-defined]
@@ -55,8 +56,10 @@ class BERT(LanguageModel):
         x = self.hidden(
             input_ids, position_ids, documents, token_keys=token_keys, token_type_ids=token_type_ids
         )
+        if self.mlm_head is None:
+            return self.loss(x, labels, l1_scale, documents)
         labelled = (labels != IGNORE).nonzero()[:, 0]  # [M]: the vocabulary is not asked about the others
-        loss_sum, count = self.loss(self.mlm_head(x[labelled]), labels[labelled], l1_scale)
+        loss_sum, count = self.loss(self.mlm_head(x[labelled]), labels[labelled], l1_scale, documents)
         if pairs is not None and self.next_sentence is not None:
             first = documents.cu_seqlens[:-1].long()
             logits = self.next_sentence(x[first]).float()
@@ -94,5 +97,9 @@ class BERT(LanguageModel):
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits [T, V] of the token at each place; arguments as in `forward`."""
-        x = self.hidden(input_ids, position_ids, documents, token_type_ids=token_type_ids)
+        return self.vocabulary(self.hidden(input_ids, position_ids, documents, token_type_ids=token_type_ids))
+
+    def vocabulary(self, x: Tensor) -> Tensor:
+        """Logits [T, V] of features [T, C]."""
+        assert self.mlm_head is not None, "a task's head has taken its place"
         return self.project(self.mlm_head(x))

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.config.sections import LOGITS_BYTES
-
-IGNORE = -100  # label of a position that predicts nothing: torch's own ignore_index
 
 
 def linear_cross_entropy(

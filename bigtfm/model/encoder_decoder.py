@@ -46,7 +46,7 @@ class EncoderDecoder(LanguageModel):
         x = self.hidden(
             decoder_input_ids, decoder_position_ids, target, memory=memory, token_keys=decoder_token_keys
         )
-        return self.loss(x, labels, l1_scale)
+        return self.loss(x, labels, l1_scale, target)
 
     def encode(
         self,

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
 from bigtfm.model.attention import Documents, by_length, groups_by_length
-from bigtfm.model.cross_entropy import IGNORE, linear_cross_entropy
+from bigtfm.model.cross_entropy import linear_cross_entropy
 from bigtfm.model.distillation import Distillation
 from bigtfm.model.layers import Bias, Embedding, Linear, l1_penalty, make_norm
+from bigtfm.model.task_heads import make_head
 
 
 class LanguageModel(nn.Module):
@@ -23,8 +25,8 @@ class LanguageModel(nn.Module):
 
     vocab_size: tokens that the model knows; the matrices are padded to config.vocab_multiple, and padding
     never enters the loss. seed: of the initial weights and of dropout. objective: label smoothing, L1 and the
-    weight of the next-sentence loss. compute: recomputation and attention backend ("auto" is sdpa here: who
-    knows the device chooses).
+    weight of the next-sentence loss; its kind, the head. compute: recomputation and attention backend ("auto"
+    is sdpa here: who knows the device chooses).
     """
 
     def __init__(
@@ -45,8 +47,11 @@ class LanguageModel(nn.Module):
             self.compute = self.compute.model_copy(update={"attention": "sdpa"})
         rows = config.padded_vocab_size(vocab_size)
         self.embed_tokens = Embedding(rows, config.hidden_size)
+        self.task_head = make_head(config, self.objective.kind)
         self._make_stacks()
         self.lm_head: Linear | Bias | None = None
+        if self.task_head is not None:
+            return
         if not config.tied_embeddings:
             self.lm_head = Linear(config.hidden_size, rows, config.head_bias)
         elif config.head_bias:
@@ -66,7 +71,9 @@ class LanguageModel(nn.Module):
             x = self.lm_head(x)
         return x[:, : self.vocab_size]  # [T, Vp] -> [T, V]
 
-    def loss(self, x: Tensor, labels: Tensor, l1_scale: float | None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, x: Tensor, labels: Tensor, l1_scale: float | None, documents: Documents
+    ) -> tuple[Tensor, Tensor]:
         """(sum of the token losses in nats, fp32 scalar; number of labels, int64 scalar).
 
         x [T, C], labels [T] (-100: no label). In training mode the token loss has label smoothing (Szegedy et
@@ -76,7 +83,10 @@ class LanguageModel(nn.Module):
         steps) by the step's number of labels n passes l1_scale = n / F.
         """
         smoothing = self.objective.label_smoothing if self.training else 0.0
-        if self.training and self.distillation is not None:
+        count = (labels != IGNORE).sum()
+        if self.task_head is not None:
+            loss_sum, count = self.task_head.loss(x, labels, documents, smoothing)
+        elif self.training and self.distillation is not None:
             loss_sum = self.distillation.loss(self.project(x), labels, smoothing)
         elif x.device.type == "cpu" and x.dtype == torch.float32:
             loss_sum = self._fused_loss(x, labels, smoothing)
@@ -87,7 +97,7 @@ class LanguageModel(nn.Module):
             assert l1_scale is not None, "with l1, the caller must say how much of it belongs to this forward"
             penalty = l1_penalty(self) * (self.objective.l1 * l1_scale)
             loss_sum = loss_sum + (penalty - penalty.detach())
-        return loss_sum, (labels != IGNORE).sum()
+        return loss_sum, count
 
     def _fused_loss(self, x: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """The sum of the token losses without `project`'s logits."""

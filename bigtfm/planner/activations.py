@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bigtfm.config.sections import LOGITS_BYTES, ModelSection, ObjectiveSection
+from bigtfm.config.sections import HEADED, LOGITS_BYTES, ModelSection, ObjectiveSection
 from bigtfm.planner.parameters import Parameter, block_parameters, parameters_of
 
 
@@ -75,6 +75,8 @@ def batch_of(model: ModelSection, objective: ObjectiveSection, tokens: int, seq_
         return Batch(tokens, 0, tokens, seq_len, runs)
     if model.family == "bert":
         return Batch(tokens, 0, round(tokens * objective.mask_fraction), seq_len, runs)
+    if objective.kind == "sequence_to_sequence":  # that source and target are equally long is a guess
+        return Batch(tokens // 2, tokens - tokens // 2, tokens // 2, seq_len, runs)
     hidden, spans = objective.mask_fraction, objective.mask_fraction / objective.span_length
     written = 1.0 if objective.kind == "infilling" else hidden + spans
     read = round(tokens * (1 - hidden + spans))
@@ -104,7 +106,7 @@ def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
     if model.family != "bert":
         layers = model.decoder_layers if model.family == "encoder_decoder" else model.num_layers
         found += _stack(shapes, batch, "decoder", batch.tokens, layers)
-    if model.family == "bert":
+    if model.family == "bert" and shapes.objective.kind not in HEADED:
         found.append(_masked_head(shapes, batch))
     return found
 
@@ -121,6 +123,9 @@ def loss_bytes(shapes: Shapes, batch: Batch) -> tuple[int, int]:
     in the backward the gradients of log-probabilities and of logits. On a CPU in fp32 the gradients of
     features and of the output layer are kept (bigtfm/model/cross_entropy.py), few logits made at a time.
     """
+    if shapes.objective.kind in HEADED:  # of every token at most, and to all of it its gradient
+        kept = 4 * batch.tokens * (shapes.model.num_labels or 2)
+        return kept, 2 * kept
     if fused_loss(shapes):
         bias = 4 * shapes.vocab_size * shapes.model.head_bias
         kept = 4 * (batch.labelled + shapes.vocab_size) * shapes.model.hidden_size + bias

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bigtfm.config.sections import ModelSection
+from bigtfm.config.sections import LABELLED, ModelSection
 
 
 class Matrix(NamedTuple):
@@ -28,15 +28,22 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
 
-def parameters_of(model: ModelSection, vocab_size: int) -> list[Parameter]:
-    """All parameters in the order of `named_parameters`; embeddings with their padding, a tied one once."""
+def parameters_of(model: ModelSection, vocab_size: int, kind: str | None = None) -> list[Parameter]:
+    """All parameters in the order of `named_parameters`; embeddings with their padding, a tied one once.
+
+    kind: of the objective; None: one of the family's that predict tokens.
+    """
     hidden, rows = model.hidden_size, model.padded_vocab_size(vocab_size)
     found = [Parameter("embed_tokens.weight", (rows, hidden))]
+    head = _task_head(model, kind)
+    found += head
     if model.family != "gpt":
         found += _stack(model, "encoder", model.num_layers)
     if model.family != "bert":
         crossed = model.family == "encoder_decoder"
         found += _stack(model, "decoder", model.decoder_layers if crossed else model.num_layers)
+    if head:
+        return found
     if model.family == "bert":
         found += _linear("mlm_head.dense", Matrix(hidden, hidden, model.bias)) + _norm(model, "mlm_head.norm")
         if model.next_sentence:
@@ -49,9 +56,21 @@ def parameters_of(model: ModelSection, vocab_size: int) -> list[Parameter]:
     return found
 
 
-def count_parameters(model: ModelSection, vocab_size: int) -> int:
+def _task_head(model: ModelSection, kind: str | None) -> list[Parameter]:
+    """What classification, tagging and question answering have in the output layer's place."""
+    hidden = model.hidden_size
+    if kind == "question_answering":
+        return _linear("task_head.borders", Matrix(hidden, 2, True))
+    if kind not in LABELLED:
+        return []
+    pooled = kind == "classification" and model.family == "bert"
+    pooler = _linear("task_head.pooler", Matrix(hidden, hidden, True)) if pooled else []
+    return pooler + _linear("task_head.classifier", Matrix(hidden, model.num_labels or 1, True))
+
+
+def count_parameters(model: ModelSection, vocab_size: int, kind: str | None = None) -> int:
     """All parameters: embeddings with their padding rows, matrices, biases, norms; a tied matrix once."""
-    return sum(parameter.numel for parameter in parameters_of(model, vocab_size))
+    return sum(parameter.numel for parameter in parameters_of(model, vocab_size, kind))
 
 
 def block_matrices(model: ModelSection) -> list[Matrix]:

@@ -63,7 +63,7 @@ class Setting:
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        return parameters_of(self.model, self.vocab_size)
+        return parameters_of(self.model, self.vocab_size, self.objective.kind)
 
     @cached_property
     def shapes(self) -> Shapes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from bigtfm.config.sections import ModelSection, ObjectiveSection
+from bigtfm.config.sections import HEADED, ModelSection, ObjectiveSection
 from bigtfm.planner.hardware import device_of
 from bigtfm.planner.parameters import block_matrices, cross_matrices
 
@@ -29,6 +29,8 @@ def flops_per_token(
     hidden, width = model.hidden_size, model.num_attention_heads * model.head_size
     block = sum(in_ * out for in_, out, _ in block_matrices(model))
     output = vocab_size * hidden
+    if objective.kind in HEADED:  # labels instead of a vocabulary: next to nothing
+        return 6 * model.num_layers * block + 12 * model.num_layers * width * seq_len
     if model.family == "gpt":
         return 6 * (model.num_layers * block + output) + 12 * model.num_layers * width * seq_len
     if model.family == "bert":
@@ -37,6 +39,8 @@ def flops_per_token(
     hidden_share, spans = objective.mask_fraction, objective.mask_fraction / objective.span_length
     read = 1 - hidden_share + spans
     written = 1.0 if objective.kind == "infilling" else hidden_share + spans
+    if objective.kind == "sequence_to_sequence":  # as long as each other: a guess
+        read = written = 0.5
     queries, keys_values, out = (in_ * out for in_, out, _ in cross_matrices(model))
     decoder = written * (block + queries + out) + read * keys_values
     weights = model.num_layers * read * block + model.decoder_layers * decoder + written * output

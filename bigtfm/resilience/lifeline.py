@@ -138,7 +138,7 @@ def _watch(parent: int) -> None:
 
 
 def run_trainer(trainer: Callable[[Lifeline], None], lifeline: Lifeline) -> int:
-    """Trains, reports, and returns the exit code. What is not understood is a traceback, or passes on as one."""
+    """Trains, reports, and returns the exit code. What is not understood is a traceback."""
     try:
         trainer(lifeline)
     except Restart as wish:

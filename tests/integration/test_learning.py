@@ -9,9 +9,10 @@ import pytest
 import torch
 from loaders import windows_loader
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.config.run import load_run_config
 from bigtfm.data.indexed import TokenDataset
-from bigtfm.data.objectives import IGNORE, make_objective
+from bigtfm.data.objectives import make_objective
 from bigtfm.data.prepare import prepare
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import load_tokenizer

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bigtfm.config.marks import IGNORE
 from bigtfm.model import cross_entropy
-from bigtfm.model.cross_entropy import IGNORE, linear_cross_entropy
+from bigtfm.model.cross_entropy import linear_cross_entropy
 
 TOKENS, FEATURES, VOCAB = 37, 16, 53
 

@@ -1,0 +1,255 @@
+"""`bigtfm evaluate`: a run's newest checkpoint on held-out rows or text; alone, or as several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from bigtfm.config.launch import Launch
+from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
+from bigtfm.console import progress_bar
+from bigtfm.data.documents import Row, read_documents
+from bigtfm.data.examples import Reader, TaskSetting, Wrong, problem
+from bigtfm.data.indexed import TaskHeader
+from bigtfm.data.sources import Reading, Span, find_sources, plan_units
+from bigtfm.data.special import SpecialIds
+from bigtfm.data.tokenizer import Tokenizer
+from bigtfm.model.gpt import GPT
+from bigtfm.model.heads import LanguageModel
+from bigtfm.run_directory import TASK, open_run
+from bigtfm.tasks import language_modelling
+from bigtfm.tasks.known import setting_of, task_of
+from bigtfm.tasks.predictor import Predictor, Step
+from bigtfm.tasks.task import Task, interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate."""
+
+    columns: tuple[str, ...] = ()  # NAME=COLUMN
+    text_column: str = "text"
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    max_new_tokens: int = 128
+    batch_tokens: int = 4096
+    stride: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `bigtfm evaluate` finds."""
+
+    task: str
+    examples: int
+    metrics: Mapping[str, float]
+    baseline: Mapping[str, float]  # the metrics of what would be said without a model
+    baseline_is: str
+    intervals: Mapping[str, tuple[float, float]]  # of 95 %
+    predictions: str | None = None  # file of them
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def render(found: Evaluation) -> Table:
+    """A table for people."""
+    from rich.table import Table
+
+    table = Table(title=f"{found.task}, {found.examples:,} examples", caption=found.predictions)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    if found.baseline:
+        table.add_column(found.baseline_is, justify="right")
+    for name, value in found.metrics.items():
+        low, high = found.intervals.get(name, (value, value))
+        cells = [name, f"{value:.4g}", f"{low:.4g} to {high:.4g}"]
+        table.add_row(*cells, *([f"{found.baseline[name]:.4g}"] if found.baseline else []))
+    return table
+
+
+def saved_task(run_dir: Path) -> TaskHeader | None:
+    """What the run's examples are; None: it has learnt text.
+
+    Raises:
+        DataProblem: the file that says so is damaged.
+    """
+    path = run_dir / TASK
+    try:
+        return TaskHeader.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError as error:
+        raise DataProblem(
+            f"damaged: {error.errors()[0]['msg']}",
+            where=str(path),
+            fix="start the training again: it writes it",
+        ) from None
+
+
+def evaluate(
+    run_dir: Path, data: Sequence[str], options: Options, predictions: Path | None = None
+) -> Evaluation | None:
+    """Evaluates; as one of several ranks each takes every n-th row, and None is returned but by the first.
+
+    Raises:
+        NoCheckpoint: the run has none.
+        ConfigProblem, DataProblem: the data are none of the run's task, or empty.
+    """
+    from bigtfm.engine import distributed
+
+    launch = Launch.from_environment(os.environ, None)
+    ranks = distributed.start(launch) if launch.world_size > 1 else None
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
+    model, tokenizer, special = open_run(run_dir)
+    model = model.to(ranks.device if ranks is not None else _device())
+    header = saved_task(run_dir)
+    with progress_bar("evaluating", on=rank == 0) as step:
+        predictor = _predictor(model, special, options, step)
+        if header is None:
+            found = _on_text(predictor, tokenizer, _spans(data), options, rank, world_size)
+        else:
+            found = _on_rows(predictor, tokenizer, header, _spans(data), options, rank, world_size)
+    if ranks is not None:
+        gathered = ranks.gather(found)
+        ranks.close()
+        if rank:
+            return None
+        found = [gathered[n % world_size][n // world_size] for n in range(sum(map(len, gathered)))]
+    if not found:
+        raise DataProblem("no examples", where=", ".join(data), fix="check --data and --column")
+    if header is None:
+        scores = language_modelling.score(np.array(found))
+        return Evaluation("language_modelling", len(found), scores.values, {}, "", interval(scores))
+    task = task_of(header.name)
+    said, right, rows = zip(*found, strict=True)
+    if predictions is not None:
+        _write(predictions, said, right)
+    scores, (baseline_is, without) = task.score(said, right), task.baseline
+    baseline = task.score(without(rows), right).values
+    return Evaluation(
+        header.name, len(found), scores.values, baseline, baseline_is, interval(scores),
+        None if predictions is None else str(predictions),
+    )  # fmt: skip
+
+
+def _write(path: Path, said: Sequence[Any], right: Sequence[Any]) -> None:
+    lines = (json.dumps({"predicted": a, "reference": b}) for a, b in zip(said, right, strict=True))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageProblem(
+            f"can't be written: {error.strerror}", where=str(path), fix="pass another --predictions"
+        ) from None
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _spans(data: Sequence[str]) -> list[Span]:
+    units = plan_units(find_sources(data), Reading("", 1 << 62, UNIT_BYTES))
+    return [span for unit in units for span in unit]
+
+
+def _on_text(
+    predictor: Predictor, tokenizer: Tokenizer, spans: Sequence[Span], options: Options, rank: int, of: int
+) -> list[Any]:
+    if not isinstance(predictor.model, GPT):
+        raise ConfigProblem(
+            f"a {predictor.model.config.family} that has learnt text has no perplexity",
+            where="bigtfm evaluate",
+            fix="see val_loss in the run's metrics.jsonl, or fine-tune it on a task",
+        )
+    reading = Reading(options.text_column, 1 << 62, UNIT_BYTES)
+    texts = [text for span in spans for text in read_documents(span, reading) if text]
+    return list(language_modelling.sums_of(predictor, texts[rank::of], tokenizer, options.stride))
+
+
+def reader_of(header: TaskHeader, tokenizer: Tokenizer) -> Reader:
+    """What makes the run's examples of rows."""
+    return Reader(tokenizer, header.max_tokens, header.labels, header.options)
+
+
+def predict(run_dir: Path, data: Sequence[str], options: Options) -> Iterator[Any]:
+    """What the run says of each row, whose label need not be there.
+
+    Raises:
+        NoCheckpoint, ConfigProblem, DataProblem: as `evaluate`; or the run has learnt text, no task.
+    """
+    model, tokenizer, special = open_run(run_dir)
+    header = saved_task(run_dir)
+    if header is None:
+        raise ConfigProblem(
+            "the run has learnt text, no task", where=str(run_dir), fix="let it write: bigtfm generate"
+        )
+    with progress_bar("predicting") as step:
+        predictor = _predictor(model.to(_device()), special, options, step)
+        setting = _setting(header, options)
+        rows = [row for span in _spans(data) for row, _ in setting.rows(span, all_optional=True)]
+        try:
+            found = task_of(header.name).predict(predictor, rows, reader_of(header, tokenizer))
+        except Wrong as wrong:
+            raise problem(wrong, ", ".join(data)) from None
+    yield from found
+
+
+def _setting(header: TaskHeader, options: Options) -> TaskSetting:
+    saved = [f"{name}={column}" for name, column in header.options.get("columns", {}).items()]
+    return setting_of(header.name, [*saved, *options.columns], max_tokens=header.max_tokens)
+
+
+def _predictor(model: LanguageModel, special: SpecialIds, options: Options, step: Step) -> Predictor:
+    return Predictor(
+        model, special, options.batch_tokens, options.num_beams, options.length_penalty,
+        options.max_new_tokens, step,
+    )  # fmt: skip
+
+
+def _on_rows(
+    predictor: Predictor,
+    tokenizer: Tokenizer,
+    header: TaskHeader,
+    spans: Sequence[Span],
+    options: Options,
+    rank: int,
+    of: int,
+) -> list[Any]:
+    """(predicted, reference, row) of each of this rank's rows."""
+    task = task_of(header.name)
+    rows, right = _rows(task, _setting(header, options), spans, rank, of)
+    try:
+        said = task.predict(predictor, rows, reader_of(header, tokenizer))
+    except Wrong as wrong:
+        raise problem(wrong, "data") from None
+    return list(zip(said, right, rows, strict=True))
+
+
+def _rows(
+    task: Task, setting: TaskSetting, spans: Sequence[Span], rank: int, of: int
+) -> tuple[list[Row], list[Any]]:
+    rows, right = [], []
+    number = 0
+    for span in spans:
+        for row, where in setting.rows(span):
+            if number % of == rank:
+                try:
+                    right.append(task.reference(row))
+                except Wrong as wrong:
+                    raise problem(wrong, where()) from None
+                rows.append(row)
+            number += 1
+    return rows, right
