@@ -66,14 +66,14 @@ class Format:
     """How a task's rows become examples.
 
     columns: the task's names of what it reads, by which rows reach the functions below, and the columns that
-    hold them unless the user says otherwise. texts: those that a tokenizer is trained on. kinds: objectives
-    that can learn the examples. make: of a row, as many examples as it gives (none: it is left out).
-    labels_of: the labels in a row. optional: columns that may be missing.
+    hold them unless the user says otherwise; those of `optional` may be missing. texts: what of a row a
+    tokenizer is trained on. kinds: objectives that can learn the examples. make: of a row, as many examples
+    as it gives (none: it is left out). labels_of: the labels in a row.
     """
 
     name: str
     columns: Mapping[str, str]
-    texts: tuple[str, ...]
+    texts: Callable[[Row], list[str]]
     kinds: tuple[str, ...]
     make: Callable[[Row, Reader], list[Example]]
     labels_of: Callable[[Row], list[str]] | None = None
@@ -102,7 +102,7 @@ class TaskSetting:
         """What a tokenizer is trained on."""
         for row, where in self.rows(span):
             try:
-                parts = [_all_text(row, name) for name in self.format.texts if row.get(name) is not None]
+                parts = self.format.texts(row)
             except Wrong as wrong:
                 raise problem(wrong, where()) from None
             yield "\n".join(parts).encode("utf-8", "surrogatepass")
@@ -123,11 +123,6 @@ class TaskSetting:
         options = {"columns": dict(self.columns), **self.options}
         return {"name": self.format.name, "kinds": self.format.kinds, "labels": self.labels,
                 "max_tokens": self.max_tokens, "options": options}  # fmt: skip
-
-
-def _all_text(row: Row, name: str) -> str:
-    value = row[name]
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else text(row, name)
 
 
 def text(row: Row, name: str) -> str:

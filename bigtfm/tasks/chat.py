@@ -55,6 +55,10 @@ def turns_of(row: Row) -> list[Turn]:
     return turns
 
 
+def texts(row: Row) -> list[str]:
+    return [turn.content for turn in turns_of(row)]
+
+
 def make(row: Row, reader: Reader) -> list[Example]:
     """One example of the whole conversation; what is too long loses its oldest turns, but for a system's."""
     turns = turns_of(row)
@@ -155,7 +159,7 @@ TASK = Task(
     Format(
         "chat",
         columns={name: name for name in ("messages", "instruction", "input", "output")},
-        texts=("instruction", "input", "output"),
+        texts=texts,
         kinds=("completion",),
         make=make,
         optional=frozenset({"messages", "instruction", "input", "output"}),

@@ -35,6 +35,10 @@ def make(row: Row, reader: Reader) -> list[Example]:
     return [reader.document(parts, bos=mark, eos=mark)]
 
 
+def texts(row: Row) -> list[str]:
+    return [text(row, name) for name in ("text", "second") if row.get(name) is not None]
+
+
 def labels_of(row: Row) -> list[str]:
     return [text(row, "label")]
 
@@ -78,7 +82,7 @@ TASK = Task(
     Format(
         "classification",
         columns={"text": "text", "second": "second", "label": "label"},
-        texts=("text", "second"),
+        texts=texts,
         kinds=("classification",),
         make=make,
         labels_of=labels_of,

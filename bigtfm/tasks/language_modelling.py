@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from bigtfm.config.problems import ConfigProblem
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.generation.decoding import inference, pack
 from bigtfm.model.gpt import GPT
@@ -28,6 +29,7 @@ def slide(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int
     Each but the first token is scored once, by the first window that reaches it: with `window - stride`
     tokens before it or more.
     """
+    assert stride < window, "the first token of a window is not scored there"
     scored = 1
     for first in range(0, max(length - 1, 0), stride):
         last = min(first + window, length)
@@ -84,7 +86,13 @@ def sums_of(
     model = predictor.model
     assert isinstance(model, GPT)
     window = model.config.max_seq_len
-    stride = stride or max(1, window // 2)
+    stride = stride or window // 2
+    if not 0 < stride < window:
+        raise ConfigProblem(
+            f"windows of {window} tokens can't move by {stride}",
+            where="command line",
+            fix=f"pass a --stride of 1 to {window - 1}",
+        )
     found = np.zeros((len(texts), 3))
     for number, text in enumerate(texts):
         ids = [predictor.special.bos, *tokenizer.encode(text), predictor.special.eos]

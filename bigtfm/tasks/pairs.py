@@ -24,6 +24,10 @@ def make(row: Row, reader: Reader, *, cut: bool) -> list[Example]:
     return [document(source[: room - len(target)], target, reader)]
 
 
+def texts(row: Row) -> list[str]:
+    return [text(row, "source"), text(row, "target")]
+
+
 def document(source: list[int], target: list[int], reader: Reader) -> Example:
     lead = [*source, reader.tokenizer.eos_id]
     return reader.document([(lead, [0] * len(lead)), (target, [WRITTEN] * len(target))], eos=WRITTEN)

@@ -36,7 +36,11 @@ def windows(row: Row, reader: Reader) -> list[Window]:
     question = reader.tokenizer.encode(text(row, "question"))[: reader.max_tokens // 2]
     context = text(row, "context")
     words = [match.span() for match in _WORD.finditer(context)]
-    ids = [reader.tokenizer.encode(context[start:stop]) or [reader.tokenizer.eos_id] for start, stop in words]
+    pieces = [context[start:stop].encode("utf-8", "surrogatepass") for start, stop in words]
+    ids = [
+        list(map(int, encoded)) or [reader.tokenizer.eos_id]
+        for encoded in reader.tokenizer.encode_batch(pieces)
+    ]
     room = reader.max_tokens - len(question) - 3
     found, first = list[Window](), 0
     while first < len(words):
@@ -75,6 +79,10 @@ def make(row: Row, reader: Reader) -> list[Example]:
         if answered:
             made.append(Example(window.example.ids, marks))
     return made
+
+
+def texts(row: Row) -> list[str]:
+    return [text(row, "question"), text(row, "context")]
 
 
 def answers_of(row: Row) -> list[str]:
@@ -174,7 +182,7 @@ TASK = Task(
     Format(
         "question_answering",
         columns={"question": "question", "context": "context", "answers": "answers"},
-        texts=("question", "context"),
+        texts=texts,
         kinds=("question_answering",),
         make=make,
     ),

@@ -37,7 +37,7 @@ TASK = Task(
     Format(
         "summarisation",
         columns={"source": "document", "target": "summary"},
-        texts=("source", "target"),
+        texts=pairs.texts,
         kinds=("sequence_to_sequence", "completion"),
         make=partial(pairs.make, cut=True),
     ),

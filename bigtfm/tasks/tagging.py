@@ -36,6 +36,10 @@ def make(row: Row, reader: Reader) -> list[Example]:
     return [*examples, reader.document(parts)] if parts else []
 
 
+def texts(row: Row) -> list[str]:
+    return [" ".join(words_of(row))]
+
+
 def words_of(row: Row) -> list[str]:
     value = row.get("words")
     return value.split() if isinstance(value, str) else [str(word) for word in items(row, "words")]
@@ -102,7 +106,7 @@ TASK = Task(
     Format(
         "tagging",
         columns={"words": "words", "tags": "tags"},
-        texts=("words",),
+        texts=texts,
         kinds=("tagging",),
         make=make,
         labels_of=labels_of,

@@ -32,7 +32,7 @@ TASK = Task(
     Format(
         "translation",
         columns={"source": "source", "target": "target"},
-        texts=("source", "target"),
+        texts=pairs.texts,
         kinds=("sequence_to_sequence", "completion"),
         make=partial(pairs.make, cut=False),
     ),

@@ -1,0 +1,259 @@
+"""From rows to marked examples, task by task, and the lines about rows that are none."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigtfm.config.marks import BEGINS, ENDS, SELECTABLE, WRITTEN
+from bigtfm.config.problems import ConfigProblem, DataProblem
+from bigtfm.data.examples import Example, Reader, Wrong
+from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.prepare import prepare
+from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
+from bigtfm.tasks import chat, question_answering
+from bigtfm.tasks.known import TASKS, setting_of
+
+Json = Any
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_data: Path) -> Tokenizer:
+    return load_tokenizer(tiny_data / "tokenizer")
+
+
+def text_of(tokenizer: Tokenizer, example: Example, mark: int) -> str:
+    """What the tokens with that mark say."""
+    return tokenizer.decode(t for t, m in zip(example.ids, example.marks, strict=True) if m == mark)
+
+
+def make(
+    name: str, row: dict[str, Any], tokenizer: Tokenizer, max_tokens: int = 64, **more: Any
+) -> list[Example]:
+    made = TASKS[name].format.make(row, Reader(tokenizer, max_tokens, **more))
+    for example in made:
+        assert len(example.ids) == len(example.marks) <= max_tokens
+        assert (example.ids[0], example.ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    return made
+
+
+def test_a_class_is_marked_at_both_ends(tokenizer: Tokenizer) -> None:
+    [one] = make(
+        "classification", {"text": "A good film.", "label": "good"}, tokenizer, labels=("bad", "good")
+    )
+    assert tokenizer.decode(one.ids) == "A good film."
+    assert one.marks[0] == one.marks[-1] == 2
+    assert not any(one.marks[1:-1])
+
+
+def test_of_a_pair_that_is_too_long_the_longer_side_gives_way(tokenizer: Tokenizer) -> None:
+    row = {"text": "word " * 100, "second": "Short.", "label": "a"}
+    [one] = make("classification", row, tokenizer, 40, labels=("a",))
+    assert len(one.ids) == 40
+    assert tokenizer.decode(one.ids).endswith("Short.")
+    assert one.ids.count(tokenizer.eos_id) == 2
+
+
+def test_a_words_first_token_has_its_tag_and_long_sentences_go_on(tokenizer: Tokenizer) -> None:
+    words = [f"extraordinary{n}" for n in range(40)]
+    tags = ["B-X" if n % 3 else "O" for n in range(40)]
+    made = make("tagging", {"words": words, "tags": tags}, tokenizer, 48, labels=("B-X", "O"))
+    assert len(made) > 1
+    marks = [mark for example in made for mark in example.marks if mark]
+    assert marks == [1 if tag == "B-X" else 2 for tag in tags]
+    assert "".join(tokenizer.decode(example.ids) for example in made) == " ".join(words)
+
+
+def test_words_and_tags_may_be_written_with_blanks(tokenizer: Tokenizer) -> None:
+    row = {"words": "Ada lives", "tags": "B O"}
+    as_lists = {"words": ["Ada", "lives"], "tags": ["B", "O"]}
+    labels = {"labels": ("B", "O")}
+    assert make("tagging", row, tokenizer, **labels) == make("tagging", as_lists, tokenizer, **labels)
+
+
+CONTEXT = (
+    "The ship of state, she said, sails on. " * 6 + "Ada Lovelace wrote notes. " + "The end is near. " * 10
+)
+
+
+@pytest.mark.parametrize("answers", ["Ada Lovelace", ["Ada Lovelace"], {"text": ["Ada Lovelace"]}])
+def test_an_answer_is_marked_in_each_window_that_holds_it(answers: Any, tokenizer: Tokenizer) -> None:
+    row = {"question": "Who wrote?", "context": CONTEXT, "answers": answers}
+    made = make("question_answering", row, tokenizer, 48)
+    assert 1 <= len(made) < len(question_answering.windows(row, Reader(tokenizer, 48)))
+    for example in made:
+        [begin], [end] = (np.flatnonzero(np.array(example.marks) & bit) for bit in (BEGINS, ENDS))
+        assert tokenizer.decode(example.ids[begin : end + 1]).strip() == "Ada Lovelace"
+        question = [m for m in example.marks if not m & SELECTABLE]
+        assert len(question) >= len(tokenizer.encode("Who wrote?"))
+
+
+def test_windows_cover_the_context_and_overlap(tokenizer: Tokenizer) -> None:
+    row = {"question": "Who?", "context": CONTEXT, "answers": "Ada"}
+    windows = question_answering.windows(row, Reader(tokenizer, 40))
+    covered = {span for window in windows for span in window.spans}
+    assert "".join(CONTEXT[a:b] for a, b in sorted(covered)) == CONTEXT.replace(" ", "")
+    assert all(set(a.spans) & set(b.spans) for a, b in pairwise(windows))
+
+
+def test_squads_own_place_counts(tokenizer: Tokenizer) -> None:
+    place = CONTEXT.index("The end") + len("The end is near. ")
+    row = {"question": "?", "context": CONTEXT, "answers": {"text": ["The end"], "answer_start": [place]}}
+    [one] = make("question_answering", row, tokenizer, 512)
+    assert sum(bool(mark & BEGINS) for mark in one.marks) == 1, "it stands ten times, and one is meant"
+
+
+@pytest.mark.parametrize("name", ["translation", "summarisation"])
+def test_a_target_is_written_a_source_is_read(name: str, tokenizer: Tokenizer) -> None:
+    [one] = make(name, {"source": "Good day.", "target": "Bonjour."}, tokenizer)
+    assert text_of(tokenizer, one, 0) == "Good day."
+    assert text_of(tokenizer, one, WRITTEN) == "Bonjour."
+    assert one.marks[-1] == WRITTEN, "the end is learnt, too"
+
+
+def test_a_long_translation_is_left_out_and_a_long_document_cut(tokenizer: Tokenizer) -> None:
+    row = {"source": "word " * 100, "target": "mot"}
+    assert make("translation", row, tokenizer, 32) == []
+    [one] = make("summarisation", row, tokenizer, 32)
+    assert (len(one.ids), text_of(tokenizer, one, WRITTEN)) == (32, "mot")
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A model."},
+    {"role": "user", "content": "And I?"},
+    {"role": "assistant", "content": "A reader."},
+]
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_only_the_assistants_turns_are_learnt(template: str, tokenizer: Tokenizer) -> None:
+    [one] = make("chat", {"messages": MESSAGES}, tokenizer, 256, options={"template": template})
+    learnt = text_of(tokenizer, one, WRITTEN)
+    assert "A model." in learnt
+    assert "A reader." in learnt
+    assert not any(other in learnt for other in ("brief", "Who", "user", "assistant"))
+    assert all(part in text_of(tokenizer, one, 0) for part in ("Be brief.", "Who are you?", "assistant"))
+
+
+def test_sharegpt_and_alpaca_are_the_same_conversations(tokenizer: Tokenizer) -> None:
+    ours = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    made = make("chat", {"messages": ours}, tokenizer)
+    assert made == make("chat", {"messages": sharegpt}, tokenizer)
+    assert made == make("chat", {"instruction": "Hi", "input": "", "output": "Ho"}, tokenizer)
+
+
+def test_a_long_conversation_keeps_its_end_and_what_the_system_said(tokenizer: Tokenizer) -> None:
+    long = [MESSAGES[0], *MESSAGES[1:3] * 20, *MESSAGES[3:]]
+    [one] = make("chat", {"messages": long}, tokenizer, 64)
+    said = tokenizer.decode(one.ids)
+    assert "Be brief." in said
+    assert said.endswith("A reader.")
+
+
+def test_a_prompt_is_what_training_shows_before_an_answer(tokenizer: Tokenizer) -> None:
+    reader = Reader(tokenizer, 256, options={"template": "plain"})
+    [one] = make("chat", {"messages": MESSAGES}, tokenizer, 256)
+    asked = chat.prompt(chat.turns_of({"messages": MESSAGES[:4]}), reader, 256)
+    assert one.ids[: len(asked)] == asked
+
+
+WRONG = [
+    ("classification", {"text": 5.5j, "label": "a"}, "'text' is of type complex, not text"),
+    ("classification", {"label": "a"}, "'text' is missing, not text"),
+    ("classification", {"text": "x", "label": "c"}, "unknown label 'c'"),
+    ("tagging", {"words": ["a"], "tags": ["a", "b"]}, "1 words, but 2 tags"),
+    ("tagging", {"words": 5, "tags": []}, "'words' is of type int, not a list"),
+    (
+        "question_answering",
+        {"question": "?", "context": "x", "answers": "y"},
+        "does not stand in the context",
+    ),
+    ("question_answering", {"question": "?", "context": "x", "answers": []}, "no answer"),
+    ("translation", {"source": "x", "target": None}, "'target' is missing"),
+    ("chat", {"messages": ["hello"]}, "a message is no object"),
+    ("chat", {"messages": [{"role": "user"}]}, "lacks its role or content"),
+    ("chat", {}, "neither messages nor instruction"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "what"), WRONG)
+def test_a_row_that_is_none(name: str, row: dict[str, Any], what: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(Wrong) as caught:
+        make(name, row, tokenizer, labels=("a", "b"))
+    assert what in caught.value.args[0]
+    assert caught.value.args[1]
+
+
+def lines(path: Path, *rows: str) -> str:
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_prepared_data_set_names_task_and_labels(tmp_path: Path, tiny_data: Path) -> None:
+    rows = [f"film {n} was dull\tbad" if n % 2 else f"film {n} was fine\tgood" for n in range(60)]
+    source = lines(tmp_path / "films.tsv", "review\tverdict", *rows)
+    setting = setting_of("classification", ["text=review", "label=verdict"], max_tokens=32)
+    for workers, unit_bytes in ((1, None), (2, 300)):
+        out = tmp_path / f"out-{workers}"
+        prepare([source], out, tokenizer=tiny_data / "tokenizer", task=setting, workers=workers,
+                unit_bytes=unit_bytes, progress=False)  # fmt: skip
+    dataset = TokenDataset.open(tmp_path / "out-1")
+    task = dataset.header.task
+    assert task is not None
+    assert (task.name, task.labels, task.max_tokens) == ("classification", ("bad", "good"), 32)
+    split = dataset.split("train")
+    [first] = {int(m) for m in split.read_marks(0, 1)}
+    assert first in (1, 2)
+    assert split.read(0, split.num_tokens).max() < dataset.vocab_size, "marks are no part of the ids"
+    other = TokenDataset.open(tmp_path / "out-2").split("train")
+    assert (other.read_marks(0, 50) == split.read_marks(0, 50)).all(), "whatever the workers"
+    dataset.verify()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "what"),
+    [
+        (["text\tlabel", "fine\tgood"], ["label=stars"], r"no column 'stars'.*--column"),
+        (["text\tlabel"], [], "no labels in the input"),
+        (["text\tlabel", "fine\tgood", "dull\tmeh"], ["labels"], r"films.tsv:3: unknown label 'meh'"),
+    ],
+)
+def test_a_wrong_table_is_one_line(
+    rows: list[str], options: list[str], what: str, tmp_path: Path, tiny_data: Path
+) -> None:
+    labels = "good,bad" if options == ["labels"] else None
+    setting = setting_of("classification", [o for o in options if "=" in o], labels)
+    source = lines(tmp_path / "films.tsv", *rows)
+    with pytest.raises(DataProblem, match=what):
+        prepare([source], tmp_path / "out", tokenizer=tiny_data / "tokenizer", task=setting, progress=False)
+
+
+def test_text_has_no_columns(tmp_path: Path, tiny_data: Path) -> None:
+    with pytest.raises(DataProblem, match="has no columns"):
+        prepare([lines(tmp_path / "a.txt", "hello")], tmp_path / "out", tokenizer=tiny_data / "tokenizer",
+                task=setting_of("translation"), progress=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"name": "clasification"}, "unknown --task 'clasification'"),
+        ({"name": "chat", "columns": ["text=x"]}, "--task chat reads no 'text'"),
+        ({"name": "chat", "columns": ["messages"]}, "is not NAME=COLUMN"),
+        ({"name": "translation", "labels": "a,b"}, "--labels does nothing"),
+        ({"name": "classification", "labels": "a,a"}, "one twice"),
+        ({"name": "translation", "template": "plain"}, "--template does nothing"),
+        ({"name": "chat", "template": "llama"}, "unknown --template 'llama'"),
+        ({"name": "chat", "max_tokens": 3}, "--max-tokens is 3"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(arguments: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigProblem, match=what):
+        setting_of(**arguments)
