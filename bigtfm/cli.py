@@ -387,7 +387,8 @@ Data = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        "--column", help="NAME=COLUMN, where a column has another name than when the data were prepared."
+        "--column",
+        help="NAME=COLUMN, where a column has another name than when the data were prepared. Default: none.",
     ),
 ]
 NumBeams = Annotated[int, typer.Option(min=1, max=1000, help="Beams of what is written; 1: greedy.")]
@@ -451,7 +452,10 @@ def predict(
     max_new_tokens: MaxNewTokens = 128,
     batch_tokens: BatchTokens = 4096,
 ) -> None:
-    """Say what a run of a task says of each row: JSON lines, in the order of the rows."""
+    """Say what a run of a task makes of each row.
+
+    A JSON value a line, in the order of the rows.
+    """
     from bigtfm.tasks.evaluate import Options
     from bigtfm.tasks.evaluate import predict as run
 
@@ -478,7 +482,9 @@ def chat(
     ] = 0.7,
     top_p: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that hold this probability."),
+        typer.Option(
+            min=0.0, max=1.0, help="Sample among the likeliest tokens that hold this probability; 1: all."
+        ),
     ] = 0.9,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:

@@ -99,7 +99,7 @@ def _passes(
         asked = torch.arange(len(chosen), device=device) * length + chosen
         ids[asked] = mask_id
         x = model.hidden(ids, within, documents)[asked]
-        yield model.project(model.mlm_head(x)).float(), text[chosen], len(chosen)
+        yield model.vocabulary(x).float(), text[chosen], len(chosen)
 
 
 def _opinions(logits: Tensor, labels: Tensor, losses: list[float], top_k: int) -> list[Said]:

@@ -48,7 +48,7 @@ def lens_logits(model: LanguageModel, features: Sequence[Tensor]) -> list[Tensor
         rows = []
         for x in features:
             x = x if stack.norm is None else stack.norm(x)
-            rows.append(model.project(model.mlm_head(x) if isinstance(model, BERT) else x))
+            rows.append(model.vocabulary(x) if isinstance(model, BERT) else model.project(x))
     return rows
 
 
