@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from bigtfm.config.deepspeed_walk import place_of
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 from bigtfm.config.sections import (
+    HEADED,
     LABELLED,
     OBJECTIVES,
     SUPERVISED,
@@ -67,6 +68,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.num_labels does nothing for {self.objective_kind}",
                 f"leave it out; it is for {' and '.join(LABELLED)}",
+            )
+        if self.distill.teacher and self.objective_kind in HEADED:
+            raise ValueError(
+                f"distill.teacher teaches tokens, and {self.objective_kind} learns none",
+                "leave distill.teacher out",
             )
         if self.objective_kind in SUPERVISED and (self.data.packing != "best_fit" or self.data.stream):
             raise ValueError(

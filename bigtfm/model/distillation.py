@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtfm.model.cross_entropy import IGNORE
+from bigtfm.config.marks import IGNORE
+from bigtfm.model.attention import Documents
 
 if TYPE_CHECKING:
     from bigtfm.model.heads import LanguageModel
@@ -59,7 +60,9 @@ class Distillation:
             with torch.no_grad():
                 self.teacher(*args, **inputs)
 
-    def _keep(self, x: Tensor, labels: Tensor, l1_scale: float | None) -> tuple[Tensor, Tensor]:
+    def _keep(
+        self, x: Tensor, labels: Tensor, l1_scale: float | None, documents: Documents
+    ) -> tuple[Tensor, Tensor]:
         """Takes the place of the teacher's loss: its features [T, C] are what is wanted."""
         self._features = x
         return x.new_zeros(()), (labels != IGNORE).sum()

@@ -28,9 +28,7 @@ def test_the_loss_is_hintons_over_the_tokens_with_a_label(kind: str) -> None:
     seen: dict[str, torch.Tensor] = {}
 
     def spy(name: str, model: torch.nn.Module) -> None:
-        def keep(
-            x: torch.Tensor, labels: torch.Tensor, l1_scale: float | None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def keep(x: torch.Tensor, labels: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
             seen[name], seen["labels"] = model.project(x), labels
             return torch.zeros(()), torch.zeros((), dtype=torch.long)
 
