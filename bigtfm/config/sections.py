@@ -475,10 +475,10 @@ class DistillSection(Section):
         description="run directory whose newest checkpoint teaches, frozen, whole on every rank; unset: none",
     )
     temperature: float = Field(
-        default=2.0, gt=0, description="divides both models' logits; the larger, the more the unlikely count"
+        default=1.0, gt=0, description="divides both models' logits; the larger, the more the unlikely count"
     )
     weight: float = Field(
-        default=0.5,
+        default=0.9,
         gt=0,
         le=1,
         description="share of the training loss that is the divergence from the teacher; the rest is the "

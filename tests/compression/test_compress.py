@@ -186,6 +186,9 @@ def test_zeros_stay_zeros_and_the_loss_is_the_same_at_every_stage(
     begin = [f"run.init_from={pruned}", "model.keep_zeros=true", "run.steps=5", f"data.path={tiny_data}"]
     kinds: dict[str, dict[str, Any]] = {f"zero{n}": {"zero_optimization": {"stage": n}} for n in range(4)}
     kinds |= {f"bf16-{n}": {"zero_optimization": {"stage": n}, "bf16": {"enabled": True}} for n in (1, 3)}
+    for kind, stage, lr in (("Lion", 1, 1e-3), ("Adagrad", 2, 1e-2), ("SGD", 3, 1e-2), ("Lamb", 0, 1e-2)):
+        recipe = {"type": kind, "params": {"lr": lr, "weight_decay": 0.1}}
+        kinds[kind] = {"zero_optimization": {"stage": stage}, "optimizer": recipe}
     jobs = [
         [
             str(ds_json(tmp_path, train_micro_batch_size_per_gpu=2, **changes)),
