@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from bigtfm.config.problems import ConfigProblem, DataProblem
-from bigtfm.data.indexed import Split
+from bigtfm.config.run import RunConfig
+from bigtfm.data.indexed import Split, SplitName, TokenDataset
 from bigtfm.data.loader import Loader, TokenStream
 from bigtfm.data.objectives import MakeExamples, make_objective
-from bigtfm.data.order import MAX_SIZE, InOrder, Order, Source, WholeDocuments, Windows
+from bigtfm.data.order import MAX_SIZE, InOrder, Source, WholeDocuments, Windows
+from bigtfm.data.special import SpecialIds
 from bigtfm.data.streaming import StreamedTokens
 from bigtfm.engine import checkpoint
 from bigtfm.engine.checkpoint import Progress
@@ -79,30 +81,34 @@ def _require_same_tokens(job: Job, teacher: SavedRun, where: str) -> None:
         )
 
 
-def batches_of(job: Job, split: str) -> Loader:
+def batches_of(job: Job, split: SplitName) -> Loader:
     """A split's batches: training in each epoch's own order, or from a stream; validation as it stands."""
     run = job.run
-    stream: TokenStream = job.dataset.split(split)
-    order: Order = InOrder(_pieces_of(job, job.dataset.split(split), run.seq_len))
-    if split == "train":
-        stream = Split.join([dataset.split(split) for dataset in job.datasets])
-        if job.source is not None:
-            stream = StreamedTokens.like(job.dataset, job.source, run.seq_len)
-        order = job.order
-    return Loader(stream, order, run.seq_len, job.dataset.vocab_size, _objective(job))
+    if split != "train":
+        return as_it_stands(run, job.dataset, job.special, split)
+    stream: TokenStream = Split.join([dataset.split(split) for dataset in job.datasets])
+    if job.source is not None:
+        stream = StreamedTokens.like(job.dataset, job.source, run.seq_len)
+    return Loader(stream, job.order, run.seq_len, job.dataset.vocab_size, _objective(run, job.special))
 
 
-def _pieces_of(job: Job, split: Split, seq_len: int) -> Source:
+def as_it_stands(run: RunConfig, dataset: TokenDataset, special: SpecialIds, split: SplitName) -> Loader:
+    """The batches of a split in the order of its tokens."""
+    stream = dataset.split(split)
+    order = InOrder(_pieces_of(run, stream, run.seq_len))
+    return Loader(stream, order, run.seq_len, dataset.vocab_size, _objective(run, special))
+
+
+def _pieces_of(run: RunConfig, split: Split, seq_len: int) -> Source:
     """A split as it stands: windows of text, or whole examples of a task."""
-    if job.run.supervised:
+    if run.supervised:
         return WholeDocuments(split.document_starts(0, split.num_tokens), split.num_tokens, seq_len)
     return Windows(split.num_tokens, seq_len, full=False)
 
 
-def _objective(job: Job) -> MakeExamples:
-    run = job.run
+def _objective(run: RunConfig, special: SpecialIds) -> MakeExamples:
     causal = run.model.family == "gpt"
-    return make_objective(run.objective, run.objective_kind, job.special, run.run.seed, causal=causal)
+    return make_objective(run.objective, run.objective_kind, special, run.run.seed, causal=causal)
 
 
 def start_stream(job: Job, stream: StreamedTokens, progress: Progress, ranks: Ranks) -> None:
@@ -180,7 +186,11 @@ def fresh_probe(job: Job, ranks: Ranks) -> Probe | None:
     run, split = job.run, job.dataset.split("train")
     seq_len = min(run.seq_len, PROBE_TOKENS)
     loader = Loader(
-        split, InOrder(_pieces_of(job, split, seq_len)), seq_len, job.dataset.vocab_size, _objective(job)
+        split,
+        InOrder(_pieces_of(job.run, split, seq_len)),
+        seq_len,
+        job.dataset.vocab_size,
+        _objective(job.run, job.special),
     )
     for sample in range(min(64, loader.num_samples)):
         batch = loader.batch(sample, 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bigtfm.assembly import as_it_stands
 from bigtfm.compression.heads import without_heads
 from bigtfm.compression.measure import Side, measured, size_of
 from bigtfm.compression.pruning import magnitude, two_of_four
@@ -17,12 +18,9 @@ from bigtfm.compression.quantization import quantized
 from bigtfm.compression.result import Compressed
 from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean
 from bigtfm.config.run import RunConfig, to_toml
-from bigtfm.config.sections import DataSection, EvalSection
+from bigtfm.config.sections import DataSection, EvalSection, RunSection
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.loader import Loader
-from bigtfm.data.objectives import make_objective
-from bigtfm.data.order import InOrder, Windows
-from bigtfm.data.special import SpecialIds
 from bigtfm.engine import checkpoint, weights
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.probe import Probe
@@ -31,7 +29,7 @@ from bigtfm.huggingface.convert import made_whole
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
 from bigtfm.model.quantized import Quantized, put
-from bigtfm.run_directory import HUGGING_FACE, SavedRun, open_run, saved_run
+from bigtfm.run_directory import HUGGING_FACE, TASK, SavedRun, open_run, saved_run
 
 METHODS = ("int8", "int8-dynamic", "int4", "magnitude", "2:4", "heads")
 SHARED = ("magnitude", "heads")  # methods that take away a share
@@ -82,10 +80,11 @@ def compress(
         stated = _stated(run_dir)
         model, _, special = open_run(run_dir)
         dataset = _dataset(saved, stated, data)
-        validation, train = (_loader(saved, dataset, special, split) for split in ("validation", "train"))
+        validation = as_it_stands(_run_of(saved), dataset, special, "validation")
         tokens = eval_tokens or stated.get("eval", {}).get("tokens", EvalSection().tokens)
         require_labels(validation, tokens)
 
+        train = as_it_stands(_run_of(saved), dataset, special, "train")
         made = _compressed(model, method, 0.5 if share is None else share, group_size or 64, train)
         _write(building, run_dir, saved, made, str(data or dataset.path))
         after, _, _ = open_run(building)
@@ -160,12 +159,11 @@ def _dataset(saved: SavedRun, stated: dict[str, Any], data: Path | None) -> Toke
     return dataset
 
 
-def _loader(saved: SavedRun, dataset: TokenDataset, special: SpecialIds, split: str) -> Loader:
-    """A split as it stands, in windows of the run's length."""
-    run, stream = saved.run, dataset.split(split)
-    order = InOrder(Windows(stream.num_tokens, run.seq_len, full=False))
-    objective = make_objective(run.objective, run.objective_kind, special, run.run.seed)
-    return Loader(stream, order, run.seq_len, dataset.vocab_size, objective)
+def _run_of(saved: SavedRun) -> RunConfig:
+    """What the model's batches depend on, the seed of hidden tokens too."""
+    identity = checkpoint.read_state(saved.checkpoint)["progress"]["identity"]
+    seed = identity.get("seed", RunSection().seed)
+    return saved.run.model_copy(update={"run": RunSection(seed=seed)})
 
 
 def _compressed(
@@ -190,15 +188,18 @@ def _write(folder: Path, run_dir: Path, saved: SavedRun, made: Compressed, data:
         "model": shape,
         "objective": before["objective"],
         "tokenizer": before["tokenizer"],
-        "data": {"seq_len": saved.run.seq_len},
+        "data": {"seq_len": saved.run.seq_len, "packing": saved.run.data.packing},
     }
+    packing = saved.run.data.packing
     run = RunConfig(
         model=made.section,
-        data=DataSection(path=data, seq_len=saved.run.seq_len),
+        data=DataSection(path=data, seq_len=saved.run.seq_len, packing=packing),
         objective=saved.run.objective,
     )
     head = f"# What `bigtfm compress` made of {saved.checkpoint}; every other value is its default."
     (folder / "run.toml").write_text(to_toml(run, head), encoding="utf-8")
+    if (run_dir / TASK).is_file():
+        shutil.copyfile(run_dir / TASK, folder / TASK)
     for part in ("tokenizer", HUGGING_FACE):
         if (run_dir / part).is_dir():
             shutil.copytree(run_dir / part, folder / part)

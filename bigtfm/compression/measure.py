@@ -92,9 +92,13 @@ def speeds(
 ) -> list[tuple[Speed, Speed | None]]:
     """How fast each model reads and writes, interleaved: what slows the machine slows them all."""
     read = _rates([partial(_read, model, loader) for model in models])
-    writers = [partial(_write, model, loader, special) for model in models if not isinstance(model, BERT)]
+    writers = [partial(_write, model, loader, special) for model in models if _writes(model)]
     written: list[Speed | None] = [*_rates(writers)] or [None] * len(models)
     return list(zip(read, written, strict=True))
+
+
+def _writes(model: LanguageModel) -> bool:
+    return not isinstance(model, BERT) and model.task_head is None
 
 
 def _rates(sides: Sequence[Callable[[], int]]) -> list[Speed]:
