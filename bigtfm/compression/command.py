@@ -92,7 +92,7 @@ def compress(
         sides = measured([model, after], sizes, validation, special, tokens)
         report = Report(
             method, dict(made.settings), str(saved.checkpoint), str(out), *sides,
-            torch.get_num_threads(), torch.__version__, _next(method, out),
+            torch.get_num_threads(), torch.__version__, _next(saved, method, out),
         )  # fmt: skip
         text = json.dumps(asdict(report), indent=2) + "\n"
         (building / REPORT).write_text(text, encoding="utf-8")
@@ -224,8 +224,8 @@ def _assembled(made: Compressed, saved: SavedRun) -> LanguageModel:
     return model.eval()
 
 
-def _next(method: str, out: Path) -> str:
+def _next(saved: SavedRun, method: str, out: Path) -> str:
     if method in ("magnitude", "2:4", "heads"):
         config = out / "run.toml"
         return f"bigtfm train --deepspeed_config FILE --config {config} run.init_from={out} run.name=NAME"
-    return f"bigtfm generate --run {out}"
+    return f"bigtfm {'predict' if saved.run.supervised else 'generate'} --run {out}"

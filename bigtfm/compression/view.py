@@ -40,16 +40,16 @@ def _rows(before: Side, after: Side) -> list[tuple[str, str, str, str]]:
         ("bytes on disk", f"{before.bytes:,}", f"{after.bytes:,}", f"{after.bytes / before.bytes:.3f} x"),
         ("parameters", f"{before.parameters:,}", f"{after.parameters:,}",
          f"{after.parameters / before.parameters:.3f} x"),
-        ("zeros in the blocks", f"{before.zeros:.1%}", f"{after.zeros:.1%}", ""),
+        ("zeros in blocks", f"{before.zeros:.1%}", f"{after.zeros:.1%}", ""),
         ("validation loss", f"{before.val_loss:.4f}", f"{after.val_loss:.4f}",
          f"{after.val_loss / before.val_loss - 1:+.2%}"),
-        _rate("tokens/s, reading", before.read, after.read),
+        _rate("tokens/s read", before.read, after.read),
     ]  # fmt: skip
     if before.write is not None and after.write is not None:
-        rows.append(_rate("tokens/s, writing", before.write, after.write))
+        rows.append(_rate("tokens/s written", before.write, after.write))
     return rows
 
 
 def _rate(name: str, before: Speed, after: Speed) -> tuple[str, str, str, str]:
-    first, second = (f"{one.median:,.0f} ({one.low:,.0f} to {one.high:,.0f})" for one in (before, after))
+    first, second = (f"{one.median:,.0f} ({one.low:,.0f}-{one.high:,.0f})" for one in (before, after))
     return name, first, second, f"{after.median / before.median:.2f} x"
