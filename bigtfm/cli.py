@@ -246,6 +246,20 @@ def prepare(
             "--shard joins them. Default: all.",
         ),
     ] = None,
+    filters: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of filters: duplicates, language, rules of length and symbols, personal data. "
+            "Default: none."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Evaluation set; documents that share 13 words in a row with it are dropped. May be given "
+            "more than once. Default: none.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a data set that another command made.")
     ] = False,
@@ -276,6 +290,8 @@ def prepare(
         stdin_format=stdin_format,
         workers=workers,
         shard=shard,
+        filters=filters,
+        exclude=exclude or (),
         force=force,
         task=setting,
     )

@@ -47,6 +47,8 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--template": None,
         "--shard": None,
         "--workers": None,
+        "--filters": None,
+        "--exclude": None,
         "--force": False,
     },
     "pack": {"data": REQUIRED, "--seq-len": REQUIRED, "--json": False},

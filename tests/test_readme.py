@@ -86,6 +86,9 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "CONFIG=configs/llama_1b.toml DEEPSPEED_CONFIG=ds_configs/zero2_bf16.json "
     "OVERRIDES='data.path=data/mine' sbatch --job-name=llama --nodes=4 slurm/train.sbatch": "needs Slurm",
     "bigtfm bench --runs runs/bench-1234 --out runs/bench-1234": "needs the runs of a Slurm job",
+    "bigtfm prepare --input web/ --filters filters.toml --exclude eval.jsonl --out data/web": (
+        "needs such files; tests/data/test_filters.py runs filters"
+    ),
     "bigtfm sweep my_sweep.toml --out runs/search --jobs 2": "trains for minutes; tests/sweep/ runs sweeps",
     "SPACE=my_sweep.toml OUT=runs/search bash slurm/sweep.sbatch": "needs Slurm",
     "bigtfm compress --run runs/mine --out runs/half --method magnitude --share 0.5": "is an example",

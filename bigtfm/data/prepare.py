@@ -22,8 +22,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean
+from bigtfm.data import filters_report
 from bigtfm.data.documents import read_documents
 from bigtfm.data.examples import TaskSetting
+from bigtfm.data.filters import load_filters
+from bigtfm.data.filters_run import filter_units
+from bigtfm.data.filters_units import Filtering, cleaned_documents
 from bigtfm.data.indexed import MAX_MARK, TOKENIZER_FOLDER, Header, TokenDataset
 from bigtfm.data.sources import EMBEDDED, Reading, Source, Span, Unit, find_sources, plan_units
 from bigtfm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -96,6 +100,8 @@ def prepare(
     stdin_format: str = "txt",
     workers: int | None = None,
     shard: str | None = None,
+    filters: str | Path | None = None,
+    exclude: Sequence[str] = (),
     force: bool = False,
     progress: bool = True,
     unit_bytes: int | None = None,
@@ -119,6 +125,8 @@ def prepare(
         workers: processes; None: one a core.
         shard: "3/16": tokenise the fourth of 16 parts only, beside the others, here or on other machines that
             share the folder. Afterwards the same call without it joins them, and does what is missing.
+        filters: TOML file of filters (filters.py); what they dropped, and why, stands in OUT/filters.html.
+        exclude: evaluation sets; documents that share 13 words in a row with them are dropped.
         force: replace a data set, or unfinished work, of another command.
         progress: show a bar on stderr if that is a terminal.
         unit_bytes: input bytes in a unit of work; None: 2 to 64 MiB, growing with the input.
@@ -141,6 +149,16 @@ def prepare(
         workers,
     )
     number, of = _parse_shard(shard, inputs, force) if shard is not None else (0, 1)
+    wanted = load_filters(filters, exclude, text_column)
+    if wanted is not None and task is not None:
+        what, fix = "filters are for text, and --task makes examples of it", "leave one of them out"
+        raise ConfigProblem(what, where="bigtfm prepare", fix=fix)
+    if shard is not None and wanted is not None and wanted.compares:
+        raise ConfigProblem(
+            "--shard is given, and [duplicates] compares all documents with each other",
+            where="bigtfm prepare",
+            fix="leave --shard out: --workers share the work of one machine; or leave [duplicates] out",
+        )
     out = Path(out)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     with storage_errors(out), locked(out, shard) as work:
@@ -159,6 +177,8 @@ def prepare(
         }
         if task is not None:
             options["task"] = task.record()
+        if wanted is not None:
+            options["filters"] = wanted.identity
         plan = {"inputs": list(map(_name, inputs)), "sources": _fingerprint(sources), "options": options}
         if is_finished(out, plan, force):
             if shard is None:
@@ -168,12 +188,22 @@ def prepare(
             units = plan_units(sources, reading)
             with one_at_a_time(work):
                 continue_or_start(work, plan, force, alone=shard is None)
-                documents = task.texts if task is not None else partial(read_documents, reading=reading)
+            workers = workers or _cores()
+            documents = task.texts if task is not None else partial(read_documents, reading=reading)
+            filtering = None
+            if wanted is not None:
+                filtering = Filtering(work / "filtered", wanted, reading)
+                dropped = filter_units(filtering, units, range(number, len(units), of), workers, report)
+                if shard is None:
+                    filters_report.require_some(dropped)
+                documents = partial(cleaned_documents, filtering)
+            with one_at_a_time(work):
                 model = _tokenizer(work, given, units, documents, vocab_size, model_type, report)
                 task = _with_labels(work, task, units, report) if task is not None else None
             dtype = "uint16" if model.vocab_size <= 65536 and task is None else "uint32"
-            job = Job(work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction, task)
-            workers = workers or _cores()
+            job = Job(
+                work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction, task, filtering
+            )
             if shard is not None:
                 records = _records(job, units, range(number, len(units), of), workers, report, None)
                 empty = sum(record.empty_documents for record in records)
@@ -185,6 +215,8 @@ def prepare(
             header = _join(
                 job, records, folders, model, plan, sum(source.size for source in sources), file_bytes
             )
+            if filtering is not None:
+                filters_report.write(dropped, work / "final")
         publish(out, work, header, plan)
         empty = sum(record.empty_documents for record in records)
         return _describe(TokenDataset.open(out), started, empty_documents=empty, existing=False)

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data import tables
-from bigtfm.data.documents import TEXT_COLUMN_FIX, as_bytes
+from bigtfm.data.documents import TEXT_COLUMN_FIX, as_bytes, document_hash
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.order import MAX_SIZE, Pieces, digest, shuffled
 from bigtfm.data.stream_source import BLOCK, StreamSource
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
-from bigtfm.data.units import document_hash, tokenize
+from bigtfm.data.units import tokenize
 
 BATCH_BYTES = 1 << 16  # of documents tokenized at once; a resumed run reads up to this much again
 

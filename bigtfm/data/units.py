@@ -15,14 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtfm.data.documents import read_documents
+from bigtfm.data.documents import document_hash, read_documents
 from bigtfm.data.examples import Example, Reader, TaskSetting, Wrong, problem
+from bigtfm.data.filters_units import Filtering, kept_documents
 from bigtfm.data.indexed import INDEX_DTYPE, MARK_SHIFT, Tokens
 from bigtfm.data.sources import Reading, Unit
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
@@ -42,6 +44,7 @@ class Job:
     reading: Reading
     validation_fraction: float
     task: TaskSetting | None = None
+    filtering: Filtering | None = None
 
 
 @dataclass
@@ -106,7 +109,7 @@ def write_unit(job: Job, number: int, spans: Unit, chosen: int | None = None) ->
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    record = _write_tokens(job, spans, chosen, unfinished)
+    record = _write_tokens(job, number, spans, chosen, unfinished)
     values = {**vars(record), "splits": {name: vars(counts) for name, counts in record.splits.items()}}
     write_synced(unfinished / "record.json", json.dumps(values).encode())
     if folder.exists():
@@ -115,7 +118,7 @@ def write_unit(job: Job, number: int, spans: Unit, chosen: int | None = None) ->
     return record
 
 
-def _write_tokens(job: Job, spans: Unit, chosen: int | None, folder: Path) -> Record:
+def _write_tokens(job: Job, number: int, spans: Unit, chosen: int | None, folder: Path) -> Record:
     tokenizer = _tokenizer(job.tokenizer)
     threshold = int(job.validation_fraction * 2**64)
     record = Record({name: Counts() for name in SPLITS})
@@ -128,17 +131,18 @@ def _write_tokens(job: Job, spans: Unit, chosen: int | None, folder: Path) -> Re
             for name, example in _examples(job.task, spans, tokenizer, threshold, chosen, record):
                 writers[name].add_example(example, tokenizer)
             return record
-        for batch in _batches(document for span in spans for document in read_documents(span, job.reading)):
+        read: Iterable[bytes] = chain.from_iterable(read_documents(span, job.reading) for span in spans)
+        for batch in _batches(kept_documents(job.filtering, number, read) if job.filtering else read):
             chunks: dict[str, list[bytes]] = {name: [] for name in SPLITS}
             for document in batch:
                 if not document:
                     record.empty_documents += 1
                     continue
-                number = document_hash(document)
-                record.smallest_hash = min(record.smallest_hash, number)
-                chunks["validation" if number < threshold or number == chosen else "train"].append(document)
-            for name, documents in chunks.items():
-                writers[name].add(documents)
+                place = document_hash(document)
+                record.smallest_hash = min(record.smallest_hash, place)
+                chunks["validation" if place < threshold or place == chosen else "train"].append(document)
+            for name, chunk in chunks.items():
+                writers[name].add(chunk)
     return record
 
 
@@ -161,11 +165,6 @@ def _examples(
         for example in made:
             assert len(example.ids) <= task.max_tokens, "the format keeps to the reader's max_tokens"
             yield split, example
-
-
-def document_hash(document: bytes) -> int:
-    """A number below 2**64 that depends on nothing but the document's bytes (BLAKE2b, RFC 7693)."""
-    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big")
 
 
 @lru_cache(maxsize=1)

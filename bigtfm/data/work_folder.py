@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
+from bigtfm.data import filters_report
 from bigtfm.data.indexed import HEADER_NAME, TOKENIZER_FOLDER
 from bigtfm.data.sources import READ_BYTES, Source
 from bigtfm.data.units import SPLITS, write_synced
@@ -110,7 +111,7 @@ def continue_or_start(work: Path, plan: dict[str, Any], force: bool, alone: bool
             raise DataProblem(
                 what, where=str(work.parent), fix="finish it with that command, or pass --force to start over"
             )
-        for name in ("units", TOKENIZER_FOLDER):
+        for name in ("units", "filtered", TOKENIZER_FOLDER):
             shutil.rmtree(work / name, ignore_errors=True)
     write_synced(path.with_suffix(".new"), json.dumps(plan).encode())
     path.with_suffix(".new").replace(path)
@@ -139,6 +140,8 @@ def publish(out: Path, work: Path, header: bytes, plan: dict[str, Any]) -> None:
     for split in SPLITS:  # a data set that is replaced may have had more files
         for old in [*out.glob(f"{split}-*.bin"), *out.glob(f"{split}-*.idx")]:
             old.unlink()
+    for name in filters_report.NAMES:
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / TOKENIZER_FOLDER, ignore_errors=True)
     for new in sorted((work / "final").iterdir()):
         new.rename(out / new.name)

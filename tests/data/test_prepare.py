@@ -21,13 +21,12 @@ from hypothesis import strategies as st
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
 from bigtfm.data import prepare as prepare_module
-from bigtfm.data.documents import read_documents
+from bigtfm.data.documents import document_hash, read_documents
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.prepare import prepare
 from bigtfm.data.sources import Reading, find_sources, plan_units
 from bigtfm.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from bigtfm.data.train_tokenizer import train_sentencepiece
-from bigtfm.data.units import document_hash
 
 WORDS = "we the people of this great union shall in congress assembled speak with one voice tonight".split()
 KIB = 1024
