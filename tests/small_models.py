@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
+from bigtfm.config.sections import SUPERVISED, ComputeSection, DataSection, ModelSection, ObjectiveSection
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.engine.checkpoint import Progress
@@ -52,15 +52,18 @@ def save_run(folder, tokenizer_path, kind, objective=None, **shape):
     shutil.copytree(tokenizer_path, folder / "tokenizer")
     tokenizer = load_tokenizer(tokenizer_path)
     model = ModelSection(**{**SMALL, **KINDS[kind], "init_std": 0.5, **shape})
-    run = RunConfig(model=model, objective=ObjectiveSection(kind=objective))
+    packing = "best_fit" if objective in SUPERVISED else "windows"
+    run = RunConfig(
+        model=model, objective=ObjectiveSection(kind=objective), data=DataSection(packing=packing)
+    )
     size = special_ids(tokenizer, run).vocab_size
     identity = {
         "model": {**run.model.model_dump(mode="json"), "vocab_size": size},
         "objective": {**run.objective.model_dump(mode="json"), "kind": run.objective_kind},
         "tokenizer": tokenizer.identity,
-        "data": {"seq_len": run.seq_len},
+        "data": {"seq_len": run.seq_len, "packing": packing},
     }
-    made = make_model(run.model, size)
+    made = make_model(run.model, size, objective=run.objective)
     init_weights(made)
     weights = dict(made.named_parameters())
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}

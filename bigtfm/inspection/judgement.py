@@ -54,7 +54,7 @@ def judge(
     """
     assert not model.training
     places = reading.hidden if isinstance(model, BERT) else _said_places(reading)
-    if not places:
+    if not places or model.task_head is not None:  # a task's head says no tokens
         return {}, {}
     said: dict[int, Said] = {}
     squares: dict[Side, Tensor] = {}

@@ -318,6 +318,8 @@ function fromAddress() {
 // --- logit lens ------------------------------------------------------------------------------------------
 
 function showLens() {
+  $("lens").hidden = !data.lens.length;
+  if (!data.lens.length) return;
   const words = data.words[data.last], bert = data.family === "bert", table = $("lens-table");
   $("lens-note").textContent = `What the model would ${bert ? "put into each place" : "say after each token"}, had it ended at that layer: `
     + "the residual stream there goes through the final norm and the output layer. Hover for more.";

@@ -27,7 +27,8 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
             drawn[f"rollout-{maps.name}"] = rolled(report, maps)
     if report.judged:
         drawn["loss"] = loss(report)
-    drawn["lens"] = lens(report)
+    if report.lens:
+        drawn["lens"] = lens(report)
     for side in report.norms:
         drawn[f"norms-{side}"] = norms(report, side)
     paths = []

@@ -77,7 +77,9 @@ class Report:
     said: list[str]  # words of the judged text: the last side's, and the end that a decoder says
     judged: dict[int, Judged]  # by the place in it
     maps: list[Maps]
-    lens: list[list[list[tuple[str, float]]]]  # L + 1 x T: (word, probability), best first
+    lens: list[
+        list[list[tuple[str, float]]]
+    ]  # L + 1 x T: (word, probability), best first; [] of a task's head
     norms: dict[Side, Norms]
 
     @property
@@ -111,6 +113,7 @@ def look(
     last: Side = "decoder" if "decoder" in found else "encoder"
     ending = [reading.labels[-1]] if reading.labels and reading.labels[-1] is not None else []
     named = _Names(words)
+    lens = [] if model.task_head is not None else logit_lens(model, found[last].features, TOP_K)
     return Report(
         title=title,
         facts=_facts(model, ids),
@@ -120,9 +123,7 @@ def look(
         said=words.text([*ids[last], *(token for token in ending if token is not None)]),
         judged={place: Judged(one.loss, one.rank, named(one.expected)) for place, one in said.items()},
         maps=[maps for side, insides in found.items() for maps in _maps(side, insides, layers, heads)],
-        lens=[
-            [named(expected) for expected in row] for row in logit_lens(model, found[last].features, TOP_K)
-        ],
+        lens=[[named(expected) for expected in row] for row in lens],
         norms={side: _norms(insides, gradients.get(side)) for side, insides in found.items()},
     )
 
@@ -214,12 +215,14 @@ def _facts(model: LanguageModel, ids: dict[Side, list[int]]) -> dict[str, str]:
     if config.kv_heads != config.num_attention_heads:
         heads += f" on {config.kv_heads} key/value heads"
     window = f", window {config.window}" if config.window else ""
+    head = {} if model.task_head is None else {"head": f"{model.objective.kind}, which says no tokens"}
     return {
         "model": f"{config.family}: {layers}, {config.hidden_size} features, {heads}",
         "positions": f"{config.positions}{window}",
         "text": ", ".join(f"{len(tokens)} tokens of the {side}" for side, tokens in ids.items())
         if len(ids) > 1
         else f"{len(next(iter(ids.values())))} tokens",
+        **head,
     }
 
 

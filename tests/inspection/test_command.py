@@ -21,7 +21,7 @@ from bigtfm.cli import app
 from bigtfm.engine.checkpoint import Progress, read_state
 from bigtfm.engine.weights import save_weights
 from bigtfm.inspection.capture import capture
-from bigtfm.inspection.command import numbers
+from bigtfm.inspection.command import inspect, numbers
 from bigtfm.inspection.page import STEPS, page
 from bigtfm.inspection.reading import Reading, read
 from bigtfm.inspection.report import Selection, look
@@ -157,6 +157,31 @@ def test_a_bert_is_not_asked_for_its_marks(runs):
     assert [reading.encoder[place] for place in reading.hidden] == tokenizer.encode("The") + tokenizer.encode(
         " of"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "shape"),
+    [("bert", "classification", {"num_labels": 3, "next_sentence": False}),
+     ("gpt", "tagging", {"num_labels": 3}), ("bert", "question_answering", {"next_sentence": False})],
+)  # fmt: skip
+def test_a_task_head_says_no_tokens(kind, objective, shape, tmp_path, tiny_data):
+    """Attention and norms are there; losses, gradients and the logit lens are not made up."""
+    save_run(tmp_path / "run", tiny_data / "tokenizer", kind, objective, **shape)
+    found = inspect(tmp_path / "run", "The people")
+    report = found.report
+    assert (report.judged, report.lens, report.mean_loss) == ({}, [], None)
+    assert (report.maps[0].weights.sum(-1) - 1).abs().max() < 1e-6
+    (norms,) = report.norms.values()
+    assert (norms.gradients, norms.parameters) == (None, None)
+    assert len(norms.neurons) == 3
+    assert {path.stem.split("-")[0] for path in found.files} == {
+        "inspect",
+        "attention",
+        "rollout",
+        "norms",
+        "maps",
+    }
+    assert objective in report.facts["head"]
 
 
 @pytest.mark.slow

@@ -63,7 +63,10 @@ def shown(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("shown")
     save_run(folder / "gpt", tiny_data / "tokenizer", "gpt", max_seq_len=1024)
     save_run(folder / "t5", tiny_data / "tokenizer", "t5", "span_corruption", max_seq_len=256)
+    shape = {"num_labels": 3, "next_sentence": False}
+    save_run(folder / "task", tiny_data / "tokenizer", "bert", "classification", **shape)
     texts = {
+        "task": ("task", "The people", None),
         "gpt": ("gpt", "The people of America", None),
         "hostile": ("gpt", "The people of America", None),
         "long": ("gpt", LONG, None),
@@ -118,7 +121,7 @@ def look_at(chromium, shown):
         opened.page.close()
 
 
-@pytest.mark.parametrize("name", ["gpt", "t5", "hostile", "long"])
+@pytest.mark.parametrize("name", ["gpt", "t5", "hostile", "long", "task"])
 def test_it_opens_and_asks_for_nothing(name, look_at, shown):
     opened = look_at(name)
     path, report = shown[name]
@@ -126,6 +129,7 @@ def test_it_opens_and_asks_for_nothing(name, look_at, shown):
     assert opened.said == []
     assert opened.page.locator("#loss-strip .token").count() == len(report.said)
     assert opened.page.locator("#lens-table tbody tr").count() == len(report.lens)
+    assert opened.page.is_visible("#lens") == (name != "task")
 
 
 def test_layers_and_heads_are_chosen(look_at, shown):
