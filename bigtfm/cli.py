@@ -504,9 +504,10 @@ def chat(
     ] = 0.9,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk to a run that has learnt to chat: a line each, answers in between.
+    """Talk to a run that has learnt to chat.
 
-    /new begins another conversation; an empty line or the end of the input ends it.
+    A line each, answers in between. /new begins another conversation; an empty line or the end of the input
+    ends it.
     """
     from bigtfm.tasks.terminal import talk
 
