@@ -52,6 +52,15 @@ RUN = {
         AS_IT_STANDS
     ),
     "bigtfm export runs/mine mine.safetensors": AS_IT_STANDS,
+    "bigtfm prepare --task classification --input bigtfm/data/corpus/state_of_the_union.jsonl --column "
+    "label=party --out data/party --max-tokens 128": AS_IT_STANDS,
+    "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
+    "model.family=bert objective.kind=classification data.path=data/party data.packing=best_fit "
+    "run.name=party steps=30": f"{{}} steps=3 {SHORT}",
+    "bigtfm evaluate --run runs/party --data bigtfm/data/corpus/state_of_the_union.jsonl --column "
+    "label=party": AS_IT_STANDS,
+    "bigtfm predict --run runs/party --data bigtfm/data/corpus/state_of_the_union.jsonl": AS_IT_STANDS,
+    "bigtfm evaluate --run runs/mine --data my.txt": AS_IT_STANDS,
     "bigtfm compress --run runs/mine --out runs/mine-int8 --method int8": "{} --eval-tokens 1024",
     'bigtfm generate --run runs/mine-int8 --prompt "Once upon a time" --max-new-tokens 20': AS_IT_STANDS,
     "bigtfm bench --matrix benchmarks/matrices/quick.toml --out runs/quick": "printf "
@@ -97,6 +106,10 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm compress --run runs/half-tuned --out runs/fewer --method magnitude --share 0.75": "likewise",
     "bigtfm train --deepspeed_config ds.json --config small.toml distill.teacher=runs/large "
     "run.name=taught": "needs a teacher",
+    "bigtfm chat --run runs/chat": "needs a run that has learnt to; tests/tasks/ talks to one",
+    "torchrun --nproc_per_node 8 --no-python bigtfm evaluate --run runs/translation --data newstest.jsonl": (
+        "is an example; tests/integration/test_tasks.py evaluates as two ranks"
+    ),
     "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub",
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "

@@ -22,13 +22,14 @@ def talk(
         ConfigProblem: the run has not learnt to chat.
     """
     header = saved_task(run_dir)
-    model, tokenizer, special = open_run(run_dir)
-    if header is None or header.name != "chat" or not isinstance(model, GPT):
+    if header is None or header.name != "chat":
         raise ConfigProblem(
             "the run has not learnt to chat",
             where=str(run_dir),
             fix="train one on conversations: bigtfm prepare --task chat, objective.kind=completion",
         )
+    model, tokenizer, special = open_run(run_dir)
+    assert isinstance(model, GPT), "no other family learns completion"
     reader, first = reader_of(header, tokenizer), [Turn("system", system)] if system else []
     room = max(model.config.max_seq_len - max_new_tokens, model.config.max_seq_len // 2)
     turns = list(first)
