@@ -49,12 +49,12 @@ def test_a_loss_counts_as_lost_only_after_a_fall() -> None:
 
 @pytest.mark.launcher
 @pytest.mark.slow
-def test_a_real_run_is_ended_where_its_loss_is_lost(
+def test_two_real_ranks_are_ended_where_their_loss_is_lost(
     tmp_path: Path, tiny_data: Path, deepspeed_json: Callable[..., Path]
 ) -> None:
     overrides = [*TINY, f"data.path={tiny_data}"]
     out = tmp_path / "range"
-    found = lr_range(None, deepspeed_json(), overrides, out, steps=60, lrs=(1e-4, 1e4))
+    found = lr_range(None, deepspeed_json(stage=1), overrides, out, steps=60, lrs=(1e-4, 1e4), ranks=2)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     ratios = [after["lr"] / before["lr"] for before, after in pairwise(rows)]
     assert all(ratio == pytest.approx(1e8 ** (1 / 59)) for ratio in ratios)
@@ -64,10 +64,10 @@ def test_a_real_run_is_ended_where_its_loss_is_lost(
     assert 1e-4 < found.suggested < 1
     assert (out / "lr-range.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "lr-range.json").read_text()) == found.record
-    again = lr_range(None, deepspeed_json(), overrides, out, steps=60, lrs=(1e-4, 1e4))
+    again = lr_range(None, deepspeed_json(stage=1), overrides, out, steps=60, lrs=(1e-4, 1e4), ranks=2)
     assert again == found
     with pytest.raises(ConfigProblem, match="the folder holds another run"):
-        lr_range(None, deepspeed_json(), overrides, out, steps=61, lrs=(1e-4, 1e4))
+        lr_range(None, deepspeed_json(stage=1), overrides, out, steps=61, lrs=(1e-4, 1e4))
 
 
 def test_a_range_that_is_none(tmp_path: Path, deepspeed_json: Callable[..., Path]) -> None:

@@ -6,10 +6,12 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from forked_trials import ForkedRanks
 
 from bigtfm.bench.results import read_rows
 from bigtfm.cli import app
-from bigtfm.config.problems import ConfigProblem, Problem
+from bigtfm.config.problems import ConfigProblem, Problem, RequeueRequested
 from bigtfm.resilience.processes import process
 from bigtfm.sweep.command import next_trials, sweep
 from bigtfm.sweep.runner import RESULTS, run_sweep
@@ -160,6 +162,53 @@ def test_after_kill_9_finished_trials_are_read(space: Write, tmp_path: Path) -> 
     assert starts[0] == 0
     assert starts[1] >= 10
     assert len(losses(out / "trial-001")) == 150
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_a_signal_lets_the_trials_save(space: Write, tmp_path: Path) -> None:
+    file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 3000")
+    out = tmp_path / "out"
+
+    class Stopping(ForkedRanks):
+        def poll(self) -> int | None:
+            metrics = out / "trial-000" / "metrics.jsonl"
+            if metrics.exists() and metrics.read_bytes().count(b"\n") > 3 and not asked:
+                asked.append(True)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().poll()
+
+    asked: list[bool] = []
+    with pytest.raises(RequeueRequested, match="stopped by SIGTERM; the trials that ran have saved"):
+        sweep(file, out, start=Stopping)
+    assert rows_of(out) == {}
+    assert ForkedRanks.started == ["trial-000"]
+    (saved,) = (out / "trial-000" / "checkpoints").glob("step-*")
+    assert (saved / "manifest.json").is_file()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_in_mlflow_the_trials_stand_below_the_sweep(space: Write, tmp_path: Path) -> None:
+    store = tmp_path / "mlflow.db"
+    on = ("track.mlflow=true", f"track.uri=sqlite:///{store}")
+    file, out = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 2", on), tmp_path / "out"
+    sweep(file, out, start=ForkedRanks)
+    ids = [
+        json.loads((out / f"{name}mlflow.json").read_text())["run_id"]
+        for name in ("", "trial-000/", "trial-001/")
+    ]
+    with closing(sqlite3.connect(store)) as database:
+        below = database.execute(
+            "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
+        ).fetchall()
+        params = dict(
+            database.execute("select key, value from params where run_uuid = ?", ids[:1]).fetchall()
+        )
+    assert sorted(below) == sorted((trial, ids[0]) for trial in ids[1:])
+    assert params["best.trial"] in ("0", "1")
+    assert params["space.optimizer.params.lr"] == "[0.001, 0.003]"
 
 
 @pytest.mark.launcher
