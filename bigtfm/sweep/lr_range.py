@@ -24,7 +24,8 @@ from bigtfm.sweep.trial import toml_of
 from bigtfm.tracking import read_metrics, smoothed
 
 RESULT, PICTURE = "lr-range.json", "lr-range.png"
-BELOW_LOWEST = 10.0  # the suggested lr is this factor below the one at which the loss was lowest
+BELOW_EDGE = 3.0  # the suggested lr is this factor below the one from which on the loss first rose
+_RISE = 0.1  # of what the loss has fallen: a rise that is none of the noise
 _FALLEN, _FAR_ABOVE = 0.98, 1.5  # shares of the first loss
 _POLL = 0.2  # seconds
 _OWN = ("eval.every=0", "eval.tokens=1", "save.every=0", "track.mlflow=false", "guard.spike=0",
@@ -37,7 +38,7 @@ class Range:
 
     out: str
     suggested: float
-    lowest: float  # lr at which the smoothed loss was lowest
+    edge: float  # lr from which on the smoothed loss first rose
     steepest: float  # lr at which it fell fastest
     lost: float | None  # lr at which it was back where it began; None: it never was
     steps: int
@@ -52,8 +53,8 @@ class Range:
         """For a reader."""
         end = f"lost from {self.lost:.2g} on" if self.lost else "not lost up to the largest lr"
         return (
-            f"suggested lr {self.suggested:.2g}: a tenth of {self.lowest:.2g}, where the smoothed loss was "
-            f"lowest (it fell fastest at {self.steepest:.2g}, and was {end}; {self.steps} steps)\n"
+            f"suggested lr {self.suggested:.2g}: a third of {self.edge:.2g}, from which on the smoothed loss "
+            f"first rose (it fell fastest at {self.steepest:.2g}, and was {end}; {self.steps} steps)\n"
             f"picture: {Path(self.out) / PICTURE}"
         )
 
@@ -169,7 +170,7 @@ def lost_at(means: Sequence[float]) -> int | None:
 
 
 def read_off(points: Sequence[tuple[float, float]], out: Path) -> Range:
-    """The lr to try: a tenth of the one at which the smoothed loss was lowest.
+    """The lr to try: a third of the one from which on the smoothed loss first rose.
 
     Raises:
         NumericsProblem: the loss never fell.
@@ -177,18 +178,29 @@ def read_off(points: Sequence[tuple[float, float]], out: Path) -> Range:
     means = smoothed([loss for _, loss in points])
     lost = lost_at(means)
     end = len(means) if lost is None else lost + 1
-    lowest = min(range(end), key=lambda place: means[place], default=0)
-    if lowest < 2:
+    edge = _edge(means[:end])
+    if edge < 2:
         raise NumericsProblem(
             f"the loss never fell in {len(means)} steps", where=str(out), fix="begin at a smaller --min-lr"
         )
-    falls = [means[place] - means[place - 1] for place in range(1, lowest + 1)]
+    falls = [means[place] - means[place - 1] for place in range(1, edge + 1)]
     steepest = min(range(len(falls)), key=lambda place: falls[place]) + 1
-    at = points[lowest][0]
+    at = points[edge][0]
     return Range(
-        str(out), float(f"{at / BELOW_LOWEST:.3g}"), at, points[steepest][0],
+        str(out), float(f"{at / BELOW_EDGE:.3g}"), at, points[steepest][0],
         None if lost is None else points[lost][0], len(points),
     )  # fmt: skip
+
+
+def _edge(means: Sequence[float]) -> int:
+    """Where the loss was lowest before it first rose noticeably. It may fall again after that."""
+    lowest = 0
+    for place, mean in enumerate(means):
+        if mean < means[lowest]:
+            lowest = place
+        elif means[lowest] < _FALLEN * means[0] and mean - means[lowest] > _RISE * (means[0] - means[lowest]):
+            break
+    return lowest
 
 
 def _draw(points: Sequence[tuple[float, float]], found: Range) -> None:
@@ -201,7 +213,7 @@ def _draw(points: Sequence[tuple[float, float]], found: Range) -> None:
     lrs, losses = zip(*points, strict=True)
     axes.plot(lrs, losses, color="#a9c4e4", linewidth=0.8, label="loss")
     axes.plot(lrs, smoothed(losses), color="#1f5fa8", linewidth=1.8, label="smoothed")
-    for name, colour in (("suggested", "#e08e2b"), ("lowest", "#777777"), ("lost", "#b03a2e")):
+    for name, colour in (("suggested", "#e08e2b"), ("edge", "#777777"), ("lost", "#b03a2e")):
         lr = getattr(found, name)
         if lr is not None and lrs[0] <= lr:
             axes.axvline(lr, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, label=f"{name} {lr:.2g}")

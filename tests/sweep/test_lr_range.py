@@ -26,13 +26,24 @@ def curve(lost: float) -> list[tuple[float, float]]:
 
 def test_it_reads_the_lr_off_a_curve(tmp_path: Path) -> None:
     found = read_off(curve(0.3), tmp_path)
-    assert 0.03 < found.lowest < 0.2
-    assert found.suggested == pytest.approx(found.lowest / 10, rel=0.01)
+    assert 0.03 < found.edge < 0.2
+    assert found.suggested == pytest.approx(found.edge / 3, rel=0.01)
     assert found.lost is not None
-    assert found.lowest < found.lost < 1
-    assert found.steepest < found.lowest
+    assert found.edge < found.lost < 1
+    assert found.steepest < found.edge
     later = read_off(curve(1.0), tmp_path)
-    assert later.lowest > found.lowest
+    assert later.edge > found.edge
+
+
+def test_where_it_first_rose_counts_and_not_a_lower_loss_after_that(tmp_path: Path) -> None:
+    """Seen: a bump at 1e-2, after which the loss fell to its lowest at an lr ten times as large."""
+    bump = [(lr, loss + (1.0 if 5e-3 < lr < 8e-3 else 0.0)) for lr, loss in curve(0.3)]
+    found = read_off(bump, tmp_path)
+    assert 2e-3 < found.edge < 5e-3
+    small = [(lr, loss + (0.02 if 5e-3 < lr < 8e-3 else 0.0)) for lr, loss in curve(0.3)]
+    assert read_off(small, tmp_path).edge > 0.03, "noise is no bump"
+    early = [(lr, loss + 0.02 * (place % 12 > 6)) for place, (lr, loss) in enumerate(curve(0.3))]
+    assert read_off(early, tmp_path).edge > 0.03, "nor is it at the start"
 
 
 def test_a_loss_that_never_fell_is_no_range(tmp_path: Path) -> None:
@@ -60,7 +71,7 @@ def test_two_real_ranks_are_ended_where_their_loss_is_lost(
     assert all(ratio == pytest.approx(1e8 ** (1 / 59)) for ratio in ratios)
     assert rows[0]["lr"] == pytest.approx(1e-4)
     assert found.steps < 60
-    assert found.lowest < 10
+    assert found.edge < 10
     assert 1e-4 < found.suggested < 1
     assert (out / "lr-range.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "lr-range.json").read_text()) == found.record
