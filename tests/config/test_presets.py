@@ -232,3 +232,37 @@ def test_checking_needs_no_torch_and_no_time() -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert time.perf_counter() - start < 2
+
+
+TASKS = sorted((ROOT / "configs" / "tasks").glob("*.toml"))
+HEADS = {"classification": 2, "tagging": 9}  # labels of SST-2, of CoNLL-2003 in BIO
+
+
+@pytest.mark.parametrize("config", TASKS, ids=name)
+def test_a_tasks_recipe_names_its_task_and_counts_its_parameters(config: Path) -> None:
+    """The number in its name is that of its model with the vocabulary of the published one."""
+    run, stated = load_run_config(config), config.stem.rpartition("_")[2]
+    assert run.supervised
+    assert run.run.name == config.stem
+    vocab = {"bert": 30522, "encoder_decoder": 32000 if run.run.init_from is None else 50265, "gpt": 128256}
+    model = run.model.model_copy(update={"num_labels": HEADS.get(run.objective_kind)})
+    found = count_parameters(model, vocab[model.family], run.objective_kind)
+    millions = float(stated[:-1]) * (1000 if stated.endswith("b") else 1)
+    assert found / 1e6 == pytest.approx(millions, rel=0.25 if stated == "1b" else 0.08)
+    head = config.read_text(encoding="utf-8").partition("[run]")[0]
+    for part in (
+        "Expect      not yet run here.",
+        "Hardware",
+        "--task ",
+        "DeepSpeed",
+    ):
+        assert part in head
+    task = head.partition("--task ")[2].split()[0]
+    assert run.objective_kind in TASK_KINDS[task]
+
+
+TASK_KINDS = {
+    "classification": ("classification",), "tagging": ("tagging",),
+    "question_answering": ("question_answering",), "translation": ("sequence_to_sequence", "completion"),
+    "summarisation": ("sequence_to_sequence", "completion"), "chat": ("completion",),
+}  # fmt: skip
