@@ -31,9 +31,11 @@ from bigtfm.run_directory import SavedRun, brief, identity, refuse_changes, save
 def fresh_model(job: Job) -> LanguageModel:
     """The model, to be filled with initial weights or a checkpoint's."""
     run, compute = job.run, job.run.compute.model_copy(update={"attention": job.attention.name})
-    return make_model(
+    model = make_model(
         run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=compute
     )
+    model.stack_learns = run.tune.train == "all"
+    return model
 
 
 def learn_from_teacher(job: Job, model: LanguageModel, ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
 from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import DataSection, DistillSection, ModelSection, ObjectiveSection
+from bigtfm.config.sections import DataSection, DistillSection, ModelSection, ObjectiveSection, TuneSection
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint
@@ -45,6 +45,7 @@ def identity(job: Job) -> dict[str, Any]:
         "recipe": {
             "global_batch": job.resolved.global_batch,
             **{key: values.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
+            **({"tune": run.tune.model_dump(mode="json")} if run.tune != TuneSection() else {}),
         },
     }
     return json.loads(json.dumps(parts))  # as it will be read back

@@ -38,6 +38,7 @@ from bigtfm.config.sections import (
     SaveSection,
     Section,
     TrackSection,
+    TuneSection,
 )
 
 
@@ -49,6 +50,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     objective: ObjectiveSection = ObjectiveSection()
     distill: DistillSection = DistillSection()
+    tune: TuneSection = TuneSection()
     compute: ComputeSection = ComputeSection()
     eval: EvalSection = EvalSection()
     save: SaveSection = SaveSection()
@@ -68,6 +70,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.num_labels does nothing for {self.objective_kind}",
                 f"leave it out; it is for {' and '.join(LABELLED)}",
+            )
+        if self.tune.train == "head" and self.objective_kind not in HEADED:
+            raise ValueError(
+                f"tune.train head leaves nothing to train: {self.objective_kind} has no head of its own",
+                "set tune.train to all",
+            )
+        if self.tune.train == "head" and self.tune.layer_decay != 1:
+            raise ValueError(
+                "tune.layer_decay does nothing where the head alone is trained", "leave tune.layer_decay out"
             )
         if self.distill.teacher and self.objective_kind in HEADED:
             raise ValueError(

@@ -494,6 +494,23 @@ class DistillSection(Section):
         return self
 
 
+class TuneSection(Section):
+    """What of a model that has learnt before goes on learning."""
+
+    train: Literal["all", "head"] = Field(
+        default="all",
+        description="all, or the task's head alone: the stack stays as run.init_from has it, and no backward "
+        "pass goes through it",
+    )
+    layer_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="each block's lr is this times that of the block above it; the head has the JSON's lr, "
+        "the embeddings the lowest; 1: one lr for all",
+    )
+
+
 # Of logits that a CPU holds at a time: fewer make the output layer's gradient slow, which each chunk adds to.
 LOGITS_BYTES = 16 << 20
 Backend = Literal[

@@ -6,6 +6,7 @@ Everything that DeepSpeed has to be told beyond the user's file is decided here,
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -18,16 +19,20 @@ from torch import nn
 
 from bigtfm.config.deepspeed import acting_stage
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.sections import ComputeSection
+from bigtfm.config.sections import ComputeSection, TuneSection
 from bigtfm.engine import fragments, schedules
 from bigtfm.model.heads import LanguageModel
 from bigtfm.model.transformer import block_linears, compile_blocks, init_weights
 
+ONE_LR_A_GROUP = ("AdamW", "Adam", "SGD", "Lion")
 OWN_SCHEDULES = {"ExponentialRange", "InverseSquareRoot", "WSD", "ReduceOnPlateau"}
 
 
 def build_engine(
-    make_model: Callable[[], LanguageModel], config: dict[str, Any], compute: ComputeSection
+    make_model: Callable[[], LanguageModel],
+    config: dict[str, Any],
+    compute: ComputeSection,
+    tune: TuneSection | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Model, optimizer and schedule under ZeRO, as `config` (a resolved DeepSpeed JSON, left as it is) says.
 
@@ -60,7 +65,7 @@ def build_engine(
         compile_blocks(model)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, kind, weight_decay),
+        model_parameters=parameter_groups(model, kind, weight_decay, tune),
         optimizer=optimizer,
         config=config,
     )
@@ -130,17 +135,51 @@ def _require_precision(config: dict[str, Any]) -> None:
             )
 
 
-def parameter_groups(model: nn.Module, kind: str, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for the matrices; none for the vectors (norms, biases) and what the model exempts."""
+def parameter_groups(
+    model: nn.Module, kind: str, weight_decay: float, tune: TuneSection | None = None
+) -> list[dict[str, Any]]:
+    """Weight decay for the matrices; none for the vectors (norms, biases) and what the model exempts.
+
+    Where `tune` gives parts of the model an lr of their own, each has its groups, and `lr_scale` says how
+    many times the schedule's it is (gradients.step).
+
+    Raises:
+        ConfigProblem: the optimizer has one lr for all.
+    """
+    tune = tune or TuneSection()
+    if tune != TuneSection() and kind not in ONE_LR_A_GROUP:
+        raise ConfigProblem(
+            f"{kind} has one lr for all, and [tune] asks for several",
+            where="run config",
+            fix=f"use {', '.join(ONE_LR_A_GROUP)} in the DeepSpeed JSON, or leave [tune] out",
+        )
     if kind == "Adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
         return [{"params": list(model.parameters())}]
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
         decays = _dimensions(parameter) >= 2 and not getattr(parameter, "no_weight_decay", False)
-        (matrices if decays else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        scale = _lr_scale(name, model, tune)
+        group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
+        group |= {} if scale == 1 else {"lr_scale": scale}
+        groups.setdefault((-scale, not decays), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _lr_scale(name: str, model: nn.Module, tune: TuneSection) -> float:
+    """How many times the schedule's lr a parameter has (Howard & Ruder 2018, section 3.2)."""
+    if tune.train == "head":
+        return float(name.startswith("task_head."))
+    if tune.layer_decay == 1 or not isinstance(model, LanguageModel):
+        return 1.0
+    config = model.config
+    blocks = config.decoder_layers if name.startswith("decoder.") else config.num_layers
+    if config.family == "gpt":
+        blocks = config.num_layers
+    if found := re.match(r"(?:encoder|decoder)\.layers\.(\d+)\.", name):
+        return tune.layer_decay ** (blocks - int(found[1]))
+    if re.match(r"embed_tokens\.|(?:encoder|decoder)\.(?:embed|relative)", name):
+        return tune.layer_decay ** (blocks + 1)
+    return 1.0
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

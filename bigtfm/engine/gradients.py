@@ -50,7 +50,7 @@ def step(engine: Any, ranks: Ranks, lr_factor: float = 1.0) -> tuple[float, floa
     scaler = fragments.loss_scaler(engine)
     at_floor = scaler is not None and scaler.cur_scale <= (getattr(scaler, "min_loss_scale", None) or 0)
     with _lr_times(engine, lr_factor):
-        lr = engine.get_lr()[0]
+        lr = engine.get_lr()[0]  # of a group whose lr is the schedule's: they come first
         engine.step()
     if at_floor and not engine.was_step_applied():  # stages 1 to 3 raise by themselves
         raise loss_scale_floor()
@@ -87,11 +87,15 @@ def _stage_3_gradients(optimizer: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _lr_times(engine: Any, factor: float) -> Iterator[None]:
-    """An update at a lower lr than the schedule's, which goes on as if nothing had happened."""
-    groups = fragments.base_optimizer(engine).param_groups if factor != 1 else []
+    """An update at a lower lr than the schedule's, which goes on as if nothing had happened.
+
+    Also where parts of the model have a share of it (build.parameter_groups).
+    """
+    every = fragments.base_optimizer(engine).param_groups
+    groups = every if factor != 1 or any("lr_scale" in group for group in every) else []
     before = [group["lr"] for group in groups]
     for group in groups:
-        group["lr"] *= factor
+        group["lr"] *= factor * group.get("lr_scale", 1.0)
     yield
     if engine.lr_scheduler is None or not engine.was_step_applied():  # else it has set the next one
         for group, lr in zip(groups, before, strict=True):

@@ -53,9 +53,10 @@ class BERT(LanguageModel):
                 [input_ids, labels, position_ids, token_keys, token_type_ids, pairs],
             )
         )
-        x = self.hidden(
-            input_ids, position_ids, documents, token_keys=token_keys, token_type_ids=token_type_ids
-        )
+        with self.stack_gradients():
+            x = self.hidden(
+                input_ids, position_ids, documents, token_keys=token_keys, token_type_ids=token_type_ids
+            )
         if self.mlm_head is None:
             return self.loss(x, labels, l1_scale, documents)
         labelled = (labels != IGNORE).nonzero()[:, 0]  # [M]: the vocabulary is not asked about the others

@@ -5,6 +5,7 @@ N documents, T tokens of all documents together, C features, V vocabulary, Vp vo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
+        self.stack_learns = True  # False: the task's head alone does
         self.objective = objective or ObjectiveSection()
         self.compute = compute or ComputeSection()
         self.distillation: Distillation | None = None
@@ -60,6 +62,10 @@ class LanguageModel(nn.Module):
     def _make_stacks(self) -> None:
         """Makes the family's own modules; they stand between embedding and output layer."""
         raise AssertionError("a family makes its stacks")
+
+    def stack_gradients(self) -> AbstractContextManager[Any]:
+        """Around the stack in a forward: none are kept where it does not learn."""
+        return nullcontext() if self.stack_learns else torch.no_grad()
 
     def project(self, x: Tensor) -> Tensor:
         """Logits [T, V] of features [T, C]; the padded columns are cut off."""
