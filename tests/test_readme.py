@@ -106,6 +106,7 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm compress --run runs/half-tuned --out runs/fewer --method magnitude --share 0.75": "likewise",
     "bigtfm train --deepspeed_config ds.json --config small.toml distill.teacher=runs/large "
     "run.name=taught": "needs a teacher",
+    "make bench-peers": "takes ten minutes; tests/benchmarks/ runs a part",
     "bigtfm chat --run runs/chat": "needs a run that has learnt to; tests/tasks/ talks to one",
     "torchrun --nproc_per_node 8 --no-python bigtfm evaluate --run runs/translation --data newstest.jsonl": (
         "is an example; tests/integration/test_tasks.py evaluates as two ranks"
