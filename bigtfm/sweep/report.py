@@ -110,8 +110,12 @@ def table_of(report: Report, most: int = 30) -> Table:
     from rich.table import Table
 
     table = Table(box=None, title_justify="left", title=f"{len(report.rows)} trials, the best first")
-    for name in _columns(report.study):
-        table.add_column(name, justify="left" if name == "status" else "right", overflow="fold")
+    columns = _columns(report.study)
+    for name in columns:
+        last = name.rpartition(".")[2]  # a terminal is narrow
+        alone = [each.rpartition(".")[2] for each in columns].count(last) == 1
+        title = last if alone else name
+        table.add_column(title, justify="left" if name == "status" else "right", overflow="fold")
     for row in report.rows[:most]:
         table.add_row(*(_said(cell) for cell in _cells(report.study, row)))
     return table

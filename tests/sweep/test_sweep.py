@@ -131,7 +131,7 @@ def test_what_is_refused_or_crashes_is_a_result(space: Write, tmp_path: Path) ->
 @pytest.mark.slow
 def test_after_kill_9_finished_trials_are_read(space: Write, tmp_path: Path) -> None:
     """The real command and processes: the trial that ran dies with it, and goes on from its checkpoint."""
-    file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 150", ("save.every=10",))
+    file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 80", ("save.every=10",))
     out = tmp_path / "out"
     log = tmp_path / "sweep.log"
     program = "import sys; from bigtfm.cli import app; app()"
@@ -161,7 +161,7 @@ def test_after_kill_9_finished_trials_are_read(space: Write, tmp_path: Path) -> 
     starts = [row["step"] for row in map(json.loads, events) if row["event"] == "start"]
     assert starts[0] == 0
     assert starts[1] >= 10
-    assert len(losses(out / "trial-001")) == 150
+    assert len(losses(out / "trial-001")) == 80
 
 
 @pytest.mark.launcher
@@ -193,12 +193,9 @@ def test_a_signal_lets_the_trials_save(space: Write, tmp_path: Path) -> None:
 def test_in_mlflow_the_trials_stand_below_the_sweep(space: Write, tmp_path: Path) -> None:
     store = tmp_path / "mlflow.db"
     on = ("track.mlflow=true", f"track.uri=sqlite:///{store}")
-    file, out = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 2", on), tmp_path / "out"
+    file, out = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 1\nsteps = 2", on), tmp_path / "out"
     sweep(file, out, start=ForkedRanks)
-    ids = [
-        json.loads((out / f"{name}mlflow.json").read_text())["run_id"]
-        for name in ("", "trial-000/", "trial-001/")
-    ]
+    ids = [json.loads((out / f"{name}mlflow.json").read_text())["run_id"] for name in ("", "trial-000/")]
     with closing(sqlite3.connect(store)) as database:
         below = database.execute(
             "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
@@ -206,8 +203,8 @@ def test_in_mlflow_the_trials_stand_below_the_sweep(space: Write, tmp_path: Path
         params = dict(
             database.execute("select key, value from params where run_uuid = ?", ids[:1]).fetchall()
         )
-    assert sorted(below) == sorted((trial, ids[0]) for trial in ids[1:])
-    assert params["best.trial"] in ("0", "1")
+    assert below == [(ids[1], ids[0])]
+    assert params["best.trial"] == "0"
     assert params["space.optimizer.params.lr"] == "[0.001, 0.003]"
 
 
