@@ -6,6 +6,7 @@ The text is the embedded corpus, repeated. On one core three things are timed in
 same speeches: bare sentencepiece on whole speeches; bare sentencepiece on parts of 1 KiB cut beforehand, the
 fastest way to call it; and a unit of `prepare`: reading JSON, hashing, tokenising, writing, syncing. Goals:
 a unit reaches 0.90 of the bare tokenizer; two workers, start-up included, are 1.7 times as fast as one.
+Then each filter, on documents of some 3 kB, in turn with tokenising the same.
 
 Each figure is the median of the repeats, with the least and the greatest. Elapsed times suffer from whatever
 else runs (see `load`), so CPU seconds stand beside them: `cpu_bound_speedup`, twice the CPU seconds of one
@@ -17,16 +18,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
+from bigtfm.data import filters_units
+from bigtfm.data.filters import Contamination, Duplicates, Filters, Gopher, Language, Mask
+from bigtfm.data.filters_duplicates import compare
+from bigtfm.data.filters_units import Filtering, judge_unit
 from bigtfm.data.prepare import prepare
 from bigtfm.data.sources import Reading, find_sources, plan_units
 from bigtfm.data.tokenizer import SEGMENT_BYTES, segments
@@ -62,6 +70,7 @@ def measure(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
     model.write_bytes(train_sentencepiece(speeches, vocab_size=2048))
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
     figures |= per_core(folder, model, speeches, repeats)
+    figures |= filtering(folder, model, speeches, repeats)
     figures |= scaling(folder, model, megabytes, repeats)
     return figures
 
@@ -90,6 +99,44 @@ def per_core(folder: Path, model: Path, speeches: list[bytes], repeats: int) -> 
             [base.elapsed / ours.elapsed for base, ours in pairs]
         )
     return figures
+
+
+def filtering(folder: Path, model: Path, speeches: list[bytes], repeats: int) -> dict[str, Any]:
+    """What each filter does of a unit, models and evaluation sets loaded before."""
+    words = b" ".join(speeches).decode().split()
+    documents = [" ".join(words[start : start + 550]) for start in range(0, len(words), 550)]
+    text, evaluation = folder / "filtered.jsonl", folder / "evaluation.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents * 4))
+    drawn = random.Random(0)
+    items = (" ".join(drawn.choices(words, k=60)) for _ in range(2000))
+    evaluation.write_text("".join(json.dumps({"text": item}) + "\n" for item in items))
+    sections: dict[str, dict[str, Any]] = {
+        "gopher": {"gopher": Gopher()},
+        "language": {"language": Language(keep=("en",))},
+        "exact_duplicates": {"duplicates": Duplicates(near=0)},
+        "near_duplicates": {"duplicates": Duplicates()},
+        "mask": {"mask": Mask()},
+        "contamination": {"contamination": Contamination(files=(str(evaluation),))},
+    }
+    sections["all"] = {name: section for each in sections.values() for name, section in each.items()}
+    (unit,) = plan_units(find_sources([str(text)]), READING)
+    filters_units._judge_of = lru_cache(maxsize=None)(filters_units._judge_of.__wrapped__)
+
+    def run(name: str) -> Callable[[], Any]:
+        setting = Filtering(folder / name, Filters(**sections[name]), READING)
+
+        def judge() -> None:
+            shutil.rmtree(setting.folder, ignore_errors=True)
+            judge_unit(setting, 0, unit)
+            compare(setting, 1, lambda *_: None)
+
+        return judge
+
+    job = Job(folder / "tokenised", model, "uint16", READING, 0.05)
+    timed = {"tokenise": lambda: write_unit(job, 0, unit)} | {name: run(name) for name in sections}
+    size = text.stat().st_size / 1e6
+    times = interleaved(timed, repeats)
+    return {f"{name}_mb_per_cpu_second": spread([size / t.cpu for t in times[name]]) for name in timed}
 
 
 def scaling(folder: Path, model: Path, megabytes: float, repeats: int) -> dict[str, Any]:
