@@ -16,6 +16,7 @@ from bigtfm.data.objectives import MakeExamples, make_objective
 from bigtfm.data.order import MAX_SIZE, InOrder, Source, WholeDocuments, Windows
 from bigtfm.data.special import SpecialIds
 from bigtfm.data.streaming import StreamedTokens
+from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.engine import checkpoint
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
@@ -26,6 +27,7 @@ from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
 from bigtfm.resilience import spikes
 from bigtfm.run_directory import SavedRun, brief, identity, refuse_changes, saved_run, starting_point
+from bigtfm.word_vectors import fill, load_vectors, rows_of
 
 
 def fresh_model(job: Job) -> LanguageModel:
@@ -34,7 +36,7 @@ def fresh_model(job: Job) -> LanguageModel:
     model = make_model(
         run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=compute
     )
-    model.stack_learns = run.tune.train == "all"
+    model.stack_learns, model.embeddings_learn = run.tune.train == "all", run.tune.embeddings
     return model
 
 
@@ -139,6 +141,8 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
         if job.run.run.init_from is not None:
             path, heads = starting_point(job, now, ranks)
             checkpoint.start_from(path, engine, heads)
+        if job.run.run.vectors is not None:
+            begin_with_vectors(job, job.run.run.vectors, engine, ranks)
         return Progress(identity=now), fresh_probe(job, ranks)
     state = checkpoint.read_state(found)
     allow, before = job.run.resume.allow, state["progress"]["identity"]
@@ -164,6 +168,21 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
             where=str(found),
         )
     return progress, probe
+
+
+def begin_with_vectors(job: Job, path: str, engine: Any, ranks: Ranks) -> None:
+    """Puts a file's word vectors into the token embedding, and says how many tokens have one.
+
+    Raises:
+        ConfigProblem, DataProblem: it holds none, or none of the data's words.
+    """
+    with ranks.together("reading the word vectors"):
+        vectors = load_vectors(Path(path))
+        tokenizer = load_tokenizer(job.dataset.tokenizer_path)
+        rows, values, coverage = rows_of(vectors, tokenizer, job.run.model, job.run.run.seed)
+    fill(engine, rows, values)
+    if ranks.rank == 0:
+        print(coverage.line(path, job.run.model.hidden_size))
 
 
 def require_samples(job: Job, progress: Progress) -> None:

@@ -76,9 +76,20 @@ class RunConfig(Section):
                 f"tune.train head leaves nothing to train: {self.objective_kind} has no head of its own",
                 "set tune.train to all",
             )
-        if self.tune.train == "head" and self.tune.layer_decay != 1:
+        if self.tune.train == "head":
+            for name in ("layer_decay", "embeddings"):
+                if getattr(self.tune, name) != TuneSection.model_fields[name].default:
+                    raise ValueError(
+                        f"tune.{name} does nothing where the head alone is trained", f"leave tune.{name} out"
+                    )
+        if not self.tune.embeddings and self.model.tied_embeddings and self.objective_kind not in HEADED:
             raise ValueError(
-                "tune.layer_decay does nothing where the head alone is trained", "leave tune.layer_decay out"
+                "tune.embeddings false would leave the output layer as it is, too: it is tied to them",
+                "set model.tied_embeddings to false",
+            )
+        if self.run.vectors and self.run.init_from:
+            raise ValueError(
+                "run.vectors and run.init_from both say what the embedding begins with", "keep one of them"
             )
         if self.distill.teacher and self.objective_kind in HEADED:
             raise ValueError(

@@ -48,6 +48,12 @@ class RunSection(Section):
         description="run directory whose weights a fresh run begins with (a training's, or what `bigtfm "
         "import-hf` wrote); unset: initial weights",
     )
+    vectors: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file of word vectors (GloVe, word2vec or fastText) that a fresh run's token embedding "
+        "begins with; unset: initial weights",
+    )
 
 
 class ModelSection(Section):
@@ -501,6 +507,9 @@ class TuneSection(Section):
         default="all",
         description="all, or the task's head alone: the stack stays as run.init_from has it, and no backward "
         "pass goes through it",
+    )
+    embeddings: bool = Field(
+        default=True, description="whether the token embedding learns; false: it stays as it begins"
     )
     layer_decay: float = Field(
         default=1.0,

@@ -169,6 +169,8 @@ def _lr_scale(name: str, model: nn.Module, tune: TuneSection) -> float:
     """How many times the schedule's lr a parameter has (Howard & Ruder 2018, section 3.2)."""
     if tune.train == "head":
         return float(name.startswith("task_head."))
+    if name == "embed_tokens.weight" and not tune.embeddings:
+        return 0.0
     if tune.layer_decay == 1 or not isinstance(model, LanguageModel):
         return 1.0
     config = model.config

@@ -81,7 +81,7 @@ class BERT(LanguageModel):
     ) -> Tensor:
         """Features [T, C] behind the last block (and norm); arguments as in `forward`."""
         out: Tensor = self.encoder(
-            self.embed_tokens(input_ids),
+            self.embed(input_ids),
             position_ids,
             documents,
             token_keys=token_keys,

@@ -58,9 +58,7 @@ class EncoderDecoder(LanguageModel):
         maps: AttentionMaps | None = None,
     ) -> Memory:
         """What the decoder attends to; arguments as in `forward`."""
-        x = self.encoder(
-            self.embed_tokens(input_ids), position_ids, documents, token_keys=token_keys, maps=maps
-        )
+        x = self.encoder(self.embed(input_ids), position_ids, documents, token_keys=token_keys, maps=maps)
         return Memory(x, documents, self.encoder.words(token_keys))
 
     def hidden(
@@ -76,7 +74,7 @@ class EncoderDecoder(LanguageModel):
     ) -> Tensor:
         """Features [U, C] behind the decoder's last block; the memory is given as such or in a cache."""
         out: Tensor = self.decoder(
-            self.embed_tokens(decoder_input_ids),
+            self.embed(decoder_input_ids),
             decoder_position_ids,
             documents,
             token_keys=token_keys,

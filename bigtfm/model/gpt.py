@@ -47,7 +47,7 @@ class GPT(LanguageModel):
         maps: AttentionMaps | None = None,
     ) -> Tensor:
         """Features [T, C] behind the last block (and norm); arguments as in `forward`."""
-        x = self.embed_tokens(input_ids)
+        x = self.embed(input_ids)
         out: Tensor = self.decoder(x, position_ids, documents, token_keys=token_keys, cache=cache, maps=maps)
         return out
 

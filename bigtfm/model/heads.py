@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
-        self.stack_learns = True  # False: the task's head alone does
+        self.stack_learns = self.embeddings_learn = True  # False: a part that stays as it is
         self.objective = objective or ObjectiveSection()
         self.compute = compute or ComputeSection()
         self.distillation: Distillation | None = None
@@ -66,6 +66,11 @@ class LanguageModel(nn.Module):
     def stack_gradients(self) -> AbstractContextManager[Any]:
         """Around the stack in a forward: none are kept where it does not learn."""
         return nullcontext() if self.stack_learns else torch.no_grad()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings [T, C] of ids [T]."""
+        x: Tensor = self.embed_tokens(input_ids)
+        return x if self.embeddings_learn else x.detach()
 
     def project(self, x: Tensor) -> Tensor:
         """Logits [T, V] of features [T, C]; the padded columns are cut off."""
