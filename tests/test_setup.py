@@ -74,7 +74,7 @@ def test_a_gpu_gets_the_default_build(tmp_path: Path) -> None:
 def test_later_packages_keep_the_torch_that_is_there(tmp_path: Path) -> None:
     commands = plan(tmp_path, "setup", nvidia_smi=NO_DRIVER)
     constraint = commands.index("constraints.txt")
-    assert constraint < commands.index("--constraint") < commands.index("--editable '.[dev,hf]'")
+    assert constraint < commands.index("--constraint") < commands.index("--editable '.[dev,hf,")
 
 
 @pytest.mark.parametrize(
