@@ -53,7 +53,7 @@ RECIPES = {
     for recipe in (
         Recipe("classification", "classification", 64, 4096, 250, 32, 1e-3, BERT),
         Recipe("tagging", "tagging", 128, 1024, 150, 8, 1e-3, BERT),
-        Recipe("question_answering", "question_answering", 256, 4096, 150, 8, 1e-3, BERT),
+        Recipe("question_answering", "question_answering", 128, 1024, 200, 8, 1e-3, BERT),
         Recipe("translation", "sequence_to_sequence", 128, 2048, 400, 32, 2e-3,
                (*PAIRS, "objective.label_smoothing=0.1"), ("--max-new-tokens", "60")),
         Recipe("summarisation", "completion", 256, 4096, 200, 8, 2e-3, GPT, ("--max-new-tokens", "40")),

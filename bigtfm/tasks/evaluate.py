@@ -230,16 +230,17 @@ def _on_rows(
 ) -> list[Any]:
     """(predicted, reference, row) of each of this rank's rows."""
     task = task_of(header.name)
-    rows, right = _rows(task, _setting(header, options), spans, rank, of)
+    reader = reader_of(header, tokenizer)
+    rows, right = _rows(task, _setting(header, options), reader, spans, rank, of)
     try:
-        said = task.predict(predictor, rows, reader_of(header, tokenizer))
+        said = task.predict(predictor, rows, reader)
     except Wrong as wrong:
         raise problem(wrong, "data") from None
     return list(zip(said, right, rows, strict=True))
 
 
 def _rows(
-    task: Task, setting: TaskSetting, spans: Sequence[Span], rank: int, of: int
+    task: Task, setting: TaskSetting, reader: Reader, spans: Sequence[Span], rank: int, of: int
 ) -> tuple[list[Row], list[Any]]:
     rows, right = [], []
     number = 0
@@ -248,6 +249,8 @@ def _rows(
             if number % of == rank:
                 try:
                     right.append(task.reference(row))
+                    for label in task.format.labels_of(row) if task.format.labels_of is not None else ():
+                        reader.mark(label)  # the label is known
                 except Wrong as wrong:
                     raise problem(wrong, where()) from None
                 rows.append(row)

@@ -1,0 +1,97 @@
+"""What can't be evaluated, predicted or exported: one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import rank_runner
+from conftest import TINY
+
+from bigtfm.config.problems import ConfigProblem, DataProblem
+from bigtfm.data.best_fit import pack
+from bigtfm.data.prepare import prepare
+from bigtfm.huggingface.export_hf import export_hf
+from bigtfm.tasks.evaluate import Options, evaluate, predict
+from bigtfm.tasks.known import setting_of
+
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
+GOOD = {"text": "a fine film", "label": "good"}
+BAD = {"text": "dull and long", "label": "bad"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A classifier that has seen two rows very often."""
+    folder = tmp_path_factory.mktemp("films")
+    films = rows(folder, *(GOOD, BAD) * 40)
+    prepare(films, folder / "data", tokenizer=tiny_data / "tokenizer", workers=1,
+            task=setting_of("classification", max_tokens=32), validation_fraction=0, progress=False)  # fmt: skip
+    pack(folder / "data", 32)
+    content = {
+        "train_batch_size": 4, "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "zero_optimization": {"stage": 0},
+    }  # fmt: skip
+    (folder / "ds.json").write_text(json.dumps(content))
+    args = ["train", "--deepspeed_config", "ds.json", *TINY, "objective.kind=classification", "run.steps=20"]
+    more = [f"data.path={folder / 'data'}", "data.packing=best_fit", "run.name=films", "model.family=bert"]
+    finished = rank_runner.run([*args, *more], folder)
+    assert finished.code == 0, finished.output
+    return folder / "runs" / "films"
+
+
+def rows(folder: Path, *found: object) -> list[str]:
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
+    return [str(folder / "rows.jsonl")]
+
+
+def test_predictions_are_kept_and_labels_need_not_be_there(run: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "new" / "said.jsonl"
+    found = evaluate(run, rows(tmp_path, GOOD, BAD, GOOD), Options(), kept)
+    assert found is not None
+    assert found.metrics == {"accuracy": 1.0, "f1": 1.0}
+    assert found.baseline["accuracy"] == pytest.approx(2 / 3)
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert lines[1] == {"predicted": "bad", "reference": "bad"}
+    unlabelled = [{"text": BAD["text"]}, {"text": ""}, {"text": GOOD["text"]}]
+    assert list(predict(run, rows(tmp_path, *unlabelled), Options())) == ["bad", None, "good"]
+
+
+@pytest.mark.parametrize(
+    ("found", "columns", "what"),
+    [
+        ([], (), "no examples"),
+        ([GOOD, {"text": "x", "label": "meh"}], (), r"rows.jsonl:2: unknown label 'meh'.*bad, good"),
+        ([{"text": "x"}], (), r"rows.jsonl:1: no column 'label'"),
+        ([GOOD], ("label=stars",), r"no column 'stars'.*--column"),
+        ([{"text": ["x"], "label": "bad"}], (), "'text' is of type list"),
+    ],
+)
+def test_rows_that_are_none(
+    found: list[object], columns: tuple[str, ...], what: str, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataProblem) as caught:
+        evaluate(run, rows(tmp_path, *found), Options(columns=columns))
+    assert caught.match(what)
+
+
+def test_a_column_that_the_task_does_not_read(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigProblem, match="reads no 'txt'"):
+        evaluate(run, rows(tmp_path, GOOD), Options(columns=("txt=text",)))
+
+
+def test_a_damaged_task(run: Path, tmp_path: Path) -> None:
+    path = run / "task.json"
+    whole = path.read_text()
+    try:
+        path.write_text(whole.replace('"classification"', "5"))
+        with pytest.raises(DataProblem, match=r"task.json: damaged"):
+            evaluate(run, rows(tmp_path, GOOD), Options())
+    finally:
+        path.write_text(whole)
+
+
+def test_its_head_is_not_exported(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigProblem, match="the head of classification"):
+        export_hf(run, tmp_path / "hf")
