@@ -26,8 +26,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     """A classifier that has seen two rows very often."""
     folder = tmp_path_factory.mktemp("films")
     films = rows(folder, *(GOOD, BAD) * 40)
-    prepare(films, folder / "data", tokenizer=tiny_data / "tokenizer", workers=1,
-            task=setting_of("classification", max_tokens=32), validation_fraction=0, progress=False)  # fmt: skip
+    setting = setting_of("classification", max_tokens=32)
+    prepare(films, folder / "data", tokenizer=tiny_data / "tokenizer", task=setting, workers=1,
+            validation_fraction=0, progress=False)  # fmt: skip
     pack(folder / "data", 32)
     content = {
         "train_batch_size": 4, "train_micro_batch_size_per_gpu": 4,
