@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
-from bigtfm.data import filters_units
-from bigtfm.data.filters import Contamination, Duplicates, Filters, Gopher, Language, Mask
-from bigtfm.data.filters_duplicates import compare
-from bigtfm.data.filters_units import Filtering, judge_unit
+from bigtfm.data.filtering import units as filters_units
+from bigtfm.data.filtering.duplicates import compare
+from bigtfm.data.filtering.settings import Contamination, Duplicates, Filters, Gopher, Language, Mask
+from bigtfm.data.filtering.units import Filtering, judge_unit
 from bigtfm.data.prepare import prepare
 from bigtfm.data.sources import Reading, find_sources, plan_units
 from bigtfm.data.tokenizer import SEGMENT_BYTES, segments

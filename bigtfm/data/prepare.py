@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean
-from bigtfm.data import filters_report
 from bigtfm.data.documents import read_documents
 from bigtfm.data.examples import TaskSetting
-from bigtfm.data.filters import load_filters
-from bigtfm.data.filters_run import filter_units
-from bigtfm.data.filters_units import Filtering, cleaned_documents
+from bigtfm.data.filtering import report as filters_report
+from bigtfm.data.filtering.run import filter_units
+from bigtfm.data.filtering.settings import load_filters
+from bigtfm.data.filtering.units import Filtering, cleaned_documents
 from bigtfm.data.indexed import MAX_MARK, TOKENIZER_FOLDER, Header, TokenDataset
 from bigtfm.data.sources import EMBEDDED, Reading, Source, Span, Unit, find_sources, plan_units
 from bigtfm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer

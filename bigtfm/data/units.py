@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bigtfm.data.documents import document_hash, read_documents
 from bigtfm.data.examples import Example, Reader, TaskSetting, Wrong, problem
-from bigtfm.data.filters_units import Filtering, kept_documents
+from bigtfm.data.filtering.units import Filtering, kept_documents
 from bigtfm.data.indexed import INDEX_DTYPE, MARK_SHIFT, Tokens
 from bigtfm.data.sources import Reading, Unit
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
-from bigtfm.data import filters_report
+from bigtfm.data.filtering import report as filters_report
 from bigtfm.data.indexed import HEADER_NAME, TOKENIZER_FOLDER
 from bigtfm.data.sources import READ_BYTES, Source
 from bigtfm.data.units import SPLITS, write_synced

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from bigtfm.config.problems import ConfigProblem, DataProblem, Problem
-from bigtfm.data import filters as filters_module
-from bigtfm.data import filters_duplicates, filters_run
-from bigtfm.data.filters import Gopher, load_filters
-from bigtfm.data.filters_duplicates import banding, compare
-from bigtfm.data.filters_rules import Ngrams, broken_rule, luhn, masked, ngrams, words_of
-from bigtfm.data.filters_units import Filtering, Judge, judge_unit
+from bigtfm.data.filtering import duplicates as filters_duplicates
+from bigtfm.data.filtering import run as filters_run
+from bigtfm.data.filtering import settings as filters_module
+from bigtfm.data.filtering.duplicates import banding, compare
+from bigtfm.data.filtering.rules import Ngrams, broken_rule, luhn, masked, ngrams, words_of
+from bigtfm.data.filtering.settings import Gopher, load_filters
+from bigtfm.data.filtering.units import Filtering, Judge, judge_unit
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.prepare import prepare
 from bigtfm.data.sources import Reading, find_sources, plan_units

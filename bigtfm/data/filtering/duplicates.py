@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtfm.data.filters_units import MASKED, Filtering, judged_folder
+from bigtfm.data.filtering.units import MASKED, Filtering, judged_folder
 
 AT_A_TIME = (
     16_000_000  # documents whose keys are sorted together: 16 bytes each, and as much again for sorting

@@ -9,7 +9,7 @@
     [contamination]
     files = ["eval.jsonl"]
 
-A section that is there is on. How the filters are carried out: filters_units.py.
+A section that is there is on. How the filters are carried out: units.py.
 """
 
 from __future__ import annotations

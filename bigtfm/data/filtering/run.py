@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bigtfm.data import filters_report
-from bigtfm.data.filters_duplicates import compare
-from bigtfm.data.filters_units import Filtering, Judged, judge_unit, read_judged
+from bigtfm.data.filtering import report as filters_report
+from bigtfm.data.filtering.duplicates import compare
+from bigtfm.data.filtering.units import Filtering, Judged, judge_unit, read_judged
 from bigtfm.data.sources import Unit
 from bigtfm.data.workers import run_all
 

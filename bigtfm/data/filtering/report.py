@@ -12,8 +12,8 @@ import numpy as np
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.documents import read_documents
-from bigtfm.data.filters_duplicates import compared, places
-from bigtfm.data.filters_units import (
+from bigtfm.data.filtering.duplicates import compared, places
+from bigtfm.data.filtering.units import (
     EXACT,
     EXAMPLES,
     MASKED,

@@ -2,7 +2,7 @@
 
 A judged unit is a folder  filtered/00000012/  with verdicts.npy (a number a document), sizes.npy, hashes.npy
 and signatures.npy (of those that stay so far), and record.json. Judging depends on the document alone; what
-compares documents comes after all units (filters_duplicates.py); tokenising then reads both.
+compares documents comes after all units (duplicates.py); tokenising then reads both.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.documents import document_hash, read_documents
-from bigtfm.data.filters import Filters, language_identifier, needed
-from bigtfm.data.filters_rules import Ngrams, broken_rule, masked, ngrams, words_of
+from bigtfm.data.filtering.rules import Ngrams, broken_rule, masked, ngrams, words_of
+from bigtfm.data.filtering.settings import Filters, language_identifier, needed
 from bigtfm.data.sources import Reading, Span, Unit, find_sources, plan_units
 
 KEPT, MASKED, EMPTY = 0, 1, 255  # verdicts; MASKED: kept, and something in it is to be masked

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from bigtfm.data.filters import SHORTEST_NGRAM, Gopher
+from bigtfm.data.filtering.settings import SHORTEST_NGRAM, Gopher
 
 _WORD = re.compile(r"\w+")
 _BULLETS = ("-", "*", "•", "‣", "·", "–", "●", "▪")  # noqa: RUF001

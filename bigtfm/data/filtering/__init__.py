@@ -1,0 +1,1 @@
+"""What `bigtfm prepare --filters` leaves out of a data set, and why."""
