@@ -26,7 +26,15 @@ from bigtfm.model.distillation import Distillation
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
 from bigtfm.resilience import spikes
-from bigtfm.run_directory import SavedRun, brief, identity, refuse_changes, saved_run, starting_point
+from bigtfm.run_directory import (
+    SavedRun,
+    brief,
+    identity,
+    refuse_changes,
+    saved_identity,
+    saved_run,
+    starting_point,
+)
 from bigtfm.word_vectors import fill, load_vectors, rows_of
 
 
@@ -145,7 +153,7 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
             begin_with_vectors(job, job.run.run.vectors, engine, ranks)
         return Progress(identity=now), fresh_probe(job, ranks)
     state = checkpoint.read_state(found)
-    allow, before = job.run.resume.allow, state["progress"]["identity"]
+    allow, before = job.run.resume.allow, saved_identity(state)
     refuse_changes(before, now, allow, job.run.run_dir)
     same_optimizer = before["recipe"]["optimizer"]["type"] == now["recipe"]["optimizer"]["type"]
     progress = checkpoint.load(found, engine, ranks, moments=same_optimizer)

@@ -51,6 +51,14 @@ def identity(job: Job) -> dict[str, Any]:
     return json.loads(json.dumps(parts))  # as it will be read back
 
 
+def saved_identity(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's state says of its run; keys that came after it was saved have their defaults."""
+    saved = dict(state["progress"]["identity"])
+    for part, section in (("model", ModelSection()), ("objective", ObjectiveSection())):
+        saved[part] = json.loads(section.model_dump_json()) | saved[part]
+    return saved
+
+
 def _teacher_identity(distill: DistillSection) -> dict[str, Any] | None:
     """Which weights teach, and how; None: no teacher."""
     if distill.teacher is None:
@@ -134,7 +142,7 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> tuple[Path, t
             where=str(source),
             fix="pass the directory of a run that has saved one, or what `bigtfm import-hf` wrote",
         )
-    saved = checkpoint.read_state(found)["progress"]["identity"]
+    saved = saved_identity(checkpoint.read_state(found))
     before, after = dict(saved["model"]), dict(now["model"])
     other_head = job.run.supervised and saved["objective"]["kind"] != job.run.objective_kind
     free = FREE_TO_CHANGE + (("max_seq_len",) if job.run.model.positions != "learned" else ())
