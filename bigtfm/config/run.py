@@ -164,19 +164,18 @@ class RunConfig(Section):
 
 
 def to_toml(run: RunConfig, head: str) -> str:
-    """A run config as a file, whose first line is `head`: what differs from the defaults.
-
-    Of [model], [data] and [objective]: what a run directory that no training wrote says.
-    """
+    """A run config as a file, whose first line is `head`: what differs from the defaults."""
     lines = [head]
-    for table in ("model", "data", "objective"):
-        changed = getattr(run, table).model_dump(exclude_defaults=True, exclude_none=True)
-        if changed:
-            lines += ["", f"[{table}]", *(f"{key} = {_toml_value(value)}" for key, value in changed.items())]
+    for table, values in run.model_dump(mode="json", exclude_defaults=True, exclude_none=True).items():
+        lines += ["", f"[{table}]", *(f"{key} = {_toml_value(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml_value(each)}" for name, each in value.items()) + " }"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False)
 
 

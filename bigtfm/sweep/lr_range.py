@@ -15,12 +15,11 @@ from typing import Any
 
 from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, NumericsProblem, Problem
-from bigtfm.config.run import load_run_config
+from bigtfm.config.run import load_run_config, to_toml
 from bigtfm.job import check_job
 from bigtfm.mlflow_sender import read_json, write_json
 from bigtfm.resilience.outcome import FAILURE
 from bigtfm.sweep.ranks import Ranks, places
-from bigtfm.sweep.trial import toml_of
 from bigtfm.tracking import read_metrics, smoothed
 
 RESULT, PICTURE = "lr-range.json", "lr-range.png"
@@ -113,7 +112,7 @@ def _write(
     name = f"run.name={out.resolve().name}"
     run = load_run_config(config, [*overrides, f"run.dir={out.parent}", name, f"run.steps={steps}", *_OWN])
     texts = {
-        out / "run.toml": toml_of(run, "A range test of learning rates"),
+        out / "run.toml": to_toml(run, "# A range test of learning rates"),
         out / "deepspeed.json": json.dumps(values, indent=2) + "\n",
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, Problem, did_you_mean
-from bigtfm.config.run import RunConfig, load_run_config
+from bigtfm.config.run import load_run_config, to_toml
 from bigtfm.job import Job, check_job
 from bigtfm.mlflow_sender import read_json
 from bigtfm.resilience.outcome import FAILURE
@@ -99,7 +98,9 @@ class Study:
         ours += [f"run.dir={run_dir}", f"run.name={name}", f"run.steps={steps}"]
         run = load_run_config(Path(settings.config) if settings.config else None, ours)
         said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in point.items())
-        config.write_text(toml_of(run, f"Trial {trial} of {self.sweep.path.name}: {said}"), encoding="utf-8")
+        config.write_text(
+            to_toml(run, f"# Trial {trial} of {self.sweep.path.name}: {said}"), encoding="utf-8"
+        )
         deepspeed.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return config, deepspeed
 
@@ -174,22 +175,6 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     for table in tables:
         values = values.setdefault(table, {})
     values[name] = value
-
-
-def toml_of(run: RunConfig, comment: str) -> str:
-    """A run config that says what differs from the defaults."""
-    lines = [f"# {comment}"]
-    for table, values in run.model_dump(mode="json", exclude_defaults=True, exclude_none=True).items():
-        lines += ["", f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in values.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{name} = {_toml(each)}" for name, each in value.items()) + " }"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def refusal(problem: Problem) -> tuple[int, str]:
