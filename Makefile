@@ -92,7 +92,7 @@ $(VENV)/.torch-$(TORCH_VERSION): $(VENV)/.python
 	$(call phase,installing $(TORCH),$(INSTALL_TORCH),$(NO_TORCH))
 	@touch $@
 
-INSTALL_BIGTFM = $(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev,hf,tasks,vectors]'
+INSTALL_BIGTFM = $(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev,hf,harness,tasks,vectors]'
 NO_BIGTFM = pip could not install bigtfm. Fix: connect to the network, then repeat the command
 
 $(READY): pyproject.toml $(VENV)/.torch-$(TORCH_VERSION)

@@ -486,6 +486,22 @@ def predict(
         print(json.dumps(said))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def harness(context: typer.Context) -> None:
+    """Run EleutherAI's lm-evaluation-harness, which knows --model bigtfm.
+
+    All that follows is its own command line, e.g. run --model bigtfm --model_args run=RUN --tasks arc_easy.
+    """
+    try:
+        from bigtfm.tasks.harness import run_harness
+    except ModuleNotFoundError:
+        fix = "pip install 'bigtfm[harness]'"
+        raise ConfigProblem("lm-eval is not installed", where="bigtfm harness", fix=fix) from None
+    run_harness(context.args)
+
+
 @app.command()
 def chat(
     run_dir: RunDirectory,

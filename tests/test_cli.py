@@ -159,6 +159,7 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--max-new-tokens": 128,
         "--batch-tokens": 4096,
     },
+    "harness": {},
     "chat": {
         "--run": REQUIRED,
         "--system": None,

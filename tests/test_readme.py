@@ -107,6 +107,9 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm train --deepspeed_config ds.json --config small.toml distill.teacher=runs/large "
     "run.name=taught": "needs a teacher",
     "make bench-peers": "takes ten minutes; tests/benchmarks/ runs a part",
+    "bigtfm harness run --model bigtfm --model_args run=runs/mine --tasks hellaswag": (
+        "downloads the task; tests/tasks/test_harness.py runs a local one"
+    ),
     "bigtfm chat --run runs/chat": "needs a run that has learnt to; tests/tasks/ talks to one",
     "torchrun --nproc_per_node 8 --no-python bigtfm evaluate --run runs/translation --data newstest.jsonl": (
         "is an example; tests/integration/test_tasks.py evaluates as two ranks"
