@@ -490,7 +490,7 @@ def predict(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def harness(context: typer.Context) -> None:
-    """Run EleutherAI's lm-evaluation-harness, which knows --model bigtfm.
+    """Run lm-evaluation-harness with --model bigtfm.
 
     All that follows is its own command line, e.g. run --model bigtfm --model_args run=RUN --tasks arc_easy.
     """
