@@ -441,9 +441,11 @@ def evaluate(
     The metrics of its task (accuracy, F1, BLEU, ROUGE, ...) with 95 % intervals, beside those of what would
     be said without a model; of text perplexity and bits per byte. Under a launcher each rank takes a share.
     """
+    from bigtfm.config.launch import of_srun
     from bigtfm.tasks.evaluate import Options, render
     from bigtfm.tasks.evaluate import evaluate as run
 
+    os.environ.update(of_srun(os.environ))
     options = Options(
         tuple(column or ()), text_column, num_beams, length_penalty, max_new_tokens, batch_tokens, stride
     )

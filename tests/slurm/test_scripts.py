@@ -80,12 +80,19 @@ def test_a_run_is_fine_tuned_and_looked_at(site: Site) -> None:
         f"--dependency=afterok:{tuned}", "--array=0-1", "--cpus-per-task=1", "slurm/eval.sbatch",
         cwd=site.folder, environ=site.environ() | knobs,
     )  # fmt: skip
-    for job in (first, tuned, f"{looked}_0", f"{looked}_1"):
+    scored = site.slurm.sbatch(
+        f"--dependency=afterok:{first}", "--ntasks=2", "--cpus-per-task=1", "slurm/eval.sbatch",
+        cwd=site.folder, environ=site.environ() | {"RUNS": "runs/first", "DATA": "prompts.txt"},
+    )  # fmt: skip
+    for job in (first, tuned, f"{looked}_0", f"{looked}_1", scored):
         site.slurm.wait_for(job, "COMPLETED", "FAILED", seconds=200)
         assert site.slurm.job(job)["JobState"] == "COMPLETED", site.story("tuned")
     for name, step in (("first", 20), ("tuned", 10)):
         answers = (site.run_dir(name) / f"answers-step-{step:08d}.jsonl").read_text().splitlines()
         assert [json.loads(line)["prompt"] for line in answers] == ["The", "A union"]
+    scores = json.loads((site.run_dir("first") / "scores-step-00000020.json").read_text())
+    assert scores["examples"] == 1, "the text is one document, and one of the two tasks has none"
+    assert 1 < scores["metrics"]["perplexity"] < 10_000
     assert site.rows("tuned")[0]["loss"] < site.rows("first")[0]["loss"] - 0.1  # it began with those weights
 
 
