@@ -88,6 +88,12 @@ def resolve(
     """
     _evaluates(config, deepspeed, datasets[0])
     _recomputes_exactly(config, deepspeed)
+    if config.compute.loss == "chunked" and deepspeed.precision == "fp16":
+        raise ConfigProblem(
+            "compute.loss chunked takes gradients before fp16's loss scale, which would lose the small ones",
+            where="run config",
+            fix="set compute.loss to auto, or use a bf16 JSON",
+        )
     _keeps_zeros(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)

@@ -35,13 +35,13 @@ KINDS = {
 }  # fmt: skip
 
 
-def make(kind, *, seed=0, recompute="none", attention="sdpa", objective=None, **shape):
+def make(kind, *, seed=0, recompute="none", attention="sdpa", loss="auto", objective=None, **shape):
     shape = {**SMALL, **KINDS[kind], **shape}
     if shape.get("positions") != "relative":
         shape = {name: value for name, value in shape.items() if not name.startswith("relative_")}
     config = ModelSection(**shape)
     objective = objective or ObjectiveSection(next_sentence=2.0 if config.next_sentence else 0.0)
-    compute = ComputeSection(recompute=recompute, attention=attention)
+    compute = ComputeSection(recompute=recompute, attention=attention, loss=loss)
     model = make_model(config, VOCAB, seed=seed, objective=objective, compute=compute)
     init_weights(model)
     return model

@@ -109,6 +109,7 @@ def count_turns() -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
     RUN.mkdir(exist_ok=True)
     if sys.argv[-1] == "slow-exit":
         count_turns()

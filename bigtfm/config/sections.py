@@ -520,8 +520,10 @@ class TuneSection(Section):
     )
 
 
-# Of logits that a CPU holds at a time: fewer make the output layer's gradient slow, which each chunk adds to.
+# Of fp32 logits that a chunk holds: fewer make the output layer slow, whose gradient each chunk adds to. On a
+# CPU more would leave its cache, on a GPU fewer leave it idle.
 LOGITS_BYTES = 16 << 20
+GPU_LOGITS_BYTES = 256 << 20
 Backend = Literal[
     "flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "flex",
     "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "reference",
@@ -550,6 +552,12 @@ class ComputeSection(Section):
         default="auto",
         description="attention kernels: auto (the fastest that device and model allow; `bigtfm check` names "
         "it), or one of them",
+    )
+    loss: Literal["auto", "whole", "chunked"] = Field(
+        default="auto",
+        description="cross-entropy over the vocabulary: whole (all logits at once) or chunked (few at a "
+        "time, gradients beside the loss: less memory; not in fp16); auto: chunked on a CPU in fp32, else "
+        "whole",
     )
     compile_blocks: bool = Field(default=False, description="compile the blocks with torch.compile")
 

@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
             loss_sum, count = self.task_head.loss(x, labels, documents, smoothing)
         elif self.training and self.distillation is not None:
             loss_sum = self.distillation.loss(self.project(x), labels, smoothing)
-        elif x.device.type == "cpu" and x.dtype == torch.float32:
+        elif self._in_chunks(x):
             loss_sum = self._fused_loss(x, labels, smoothing)
         else:
             logits = self.project(x).float()
@@ -109,6 +109,11 @@ class LanguageModel(nn.Module):
             penalty = l1_penalty(self) * (self.objective.l1 * l1_scale)
             loss_sum = loss_sum + (penalty - penalty.detach())
         return loss_sum, count
+
+    def _in_chunks(self, x: Tensor) -> bool:
+        if self.compute.loss == "auto":
+            return x.device.type == "cpu" and x.dtype == torch.float32
+        return self.compute.loss == "chunked" and x.dtype != torch.float16  # check.py refuses it
 
     def _fused_loss(self, x: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """The sum of the token losses without `project`'s logits."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bigtfm.config.sections import HEADED, LOGITS_BYTES, ModelSection, ObjectiveSection
+from bigtfm.config.sections import GPU_LOGITS_BYTES, HEADED, LOGITS_BYTES, ModelSection, ObjectiveSection
 from bigtfm.planner.parameters import Parameter, block_parameters, parameters_of
 
 
@@ -94,6 +94,7 @@ class Shapes:
     groups_by_length: bool  # attention: torch's SDPA, a call for each run of documents of equal length
     recompute: str | int
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    loss: str = "auto"  # as compute.loss
 
 
 def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
@@ -113,23 +114,30 @@ def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
 
 def fused_loss(shapes: Shapes) -> bool:
     """Whether output layer and loss are one function that holds few logits at a time."""
-    return shapes.on_cpu and shapes.value_bytes == 4
+    if shapes.loss == "auto":
+        return shapes.on_cpu and shapes.value_bytes == 4
+    return shapes.loss == "chunked"
 
 
 def loss_bytes(shapes: Shapes, batch: Batch) -> tuple[int, int]:
     """(kept between forward and backward, the most at a time) of logits and cross-entropy.
 
     fp32 log-probabilities are kept; beside them stand, in the forward, the logits (in 16 bits in both types),
-    in the backward the gradients of log-probabilities and of logits. On a CPU in fp32 the gradients of
-    features and of the output layer are kept (bigtfm/model/cross_entropy.py), few logits made at a time.
+    in the backward the gradients of log-probabilities and of logits. In chunks the gradients of features and
+    of the output layer are kept, the latter in fp32 (bigtfm/model/cross_entropy.py), few logits made at a
+    time.
     """
     if shapes.objective.kind in HEADED:  # of every token at most, and to all of it its gradient
         kept = 4 * batch.tokens * (shapes.model.num_labels or 2)
         return kept, 2 * kept
     if fused_loss(shapes):
         bias = 4 * shapes.vocab_size * shapes.model.head_bias
-        kept = 4 * (batch.labelled + shapes.vocab_size) * shapes.model.hidden_size + bias
-        return kept, kept + min(4 * batch.labelled * shapes.vocab_size, LOGITS_BYTES)
+        hidden, vocab, size = shapes.model.hidden_size, shapes.vocab_size, shapes.value_bytes
+        kept = (size * batch.labelled + 4 * vocab) * hidden + bias
+        chunk = min(4 * batch.labelled * vocab, LOGITS_BYTES if shapes.on_cpu else GPU_LOGITS_BYTES)
+        if size == 2:  # the chunk in both types, and its share of the output layer's gradient
+            chunk += chunk // 2 + size * vocab * hidden
+        return kept, kept + chunk
     rows = batch.labelled
     one, padded = 4 * rows * shapes.vocab_size, rows * shapes.model.padded_vocab_size(shapes.vocab_size)
     forward = one + padded * shapes.value_bytes + (one if shapes.value_bytes == 2 else 0)

@@ -37,6 +37,7 @@ class Setting:
     attention: str  # the backend's name
     device: str  # "cpu", or a GPU's name
     runs: int = 2  # of documents of equal length in a micro batch, at most
+    loss: str = "auto"  # as compute.loss
 
     @property
     def on_cpu(self) -> bool:
@@ -76,6 +77,7 @@ class Setting:
             grouped,
             self.recompute,
             self.objective,
+            self.loss,
         )
 
     @cached_property
@@ -124,4 +126,5 @@ def setting_of(
         attention=attention,
         device=device,
         runs=runs,
+        loss=run.compute.loss,
     )

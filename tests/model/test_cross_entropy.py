@@ -43,6 +43,27 @@ def test_loss_and_gradients_are_those_of_torch(
     assert (fused[0] > 0) == (ignored != "all")
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_in_bf16_it_is_torchs_over_fp32_logits(
+    smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As near to fp64 as the whole logits' way is; gradients of the output layer are added up in fp32."""
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", chunk * 4 * VOCAB)
+    labels = torch.arange(TOKENS) % VOCAB
+    labels[::3] = IGNORE
+    of = [each.detach().bfloat16().requires_grad_() for each in tensors(bias=True) if each is not None]
+    fused = outcome(linear_cross_entropy(*of, labels, smoothing), of)
+    whole = F.cross_entropy(F.linear(*of).float(), labels, reduction="sum", label_smoothing=smoothing)
+    exact = [each.detach().double().requires_grad_() for each in of]
+    true = F.cross_entropy(F.linear(*exact), labels, reduction="sum", label_smoothing=smoothing)
+    assert fused[0].dtype == torch.float32
+    for one, other, best in zip(fused, outcome(whole, of), outcome(true, exact), strict=True):
+        assert one.dtype == other.dtype
+        error, allowed = ((each.double() - best).abs().max() for each in (one, other))
+        assert error <= 1.5 * allowed + 1e-2 * best.abs().max()
+
+
 def test_large_logits_stay_exact() -> None:
     x, weight = torch.full((1, 1), 100.0), torch.tensor([[1.0], [-1.0]])
     assert linear_cross_entropy(x, weight, None, torch.tensor([1])) == 200.0

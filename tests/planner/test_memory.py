@@ -23,23 +23,25 @@ def test_parameters_are_the_built_model_s(kind: str) -> None:
     assert [tuple(parameter) for parameter in parameters_of(model.config, small_models.VOCAB)] == built
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "loss"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "chunked")]
+)
 @pytest.mark.parametrize("recompute", ["none", "full", "selective", 2])
 @pytest.mark.parametrize("kind", small_models.KINDS)
-def test_what_a_forward_keeps(kind: str, recompute: str | int, dtype: torch.dtype) -> None:
+def test_what_a_forward_keeps(kind: str, recompute: str | int, dtype: torch.dtype, loss: str) -> None:
     shape = {"hidden_size": 96, "num_attention_heads": 4, "num_layers": 4, "max_seq_len": 128}
-    model = small_models.make(kind, recompute=recompute, **shape).train().to(dtype)
+    model = small_models.make(kind, recompute=recompute, loss=loss, **shape).train().to(dtype)
     config, tokens = model.config, 4 * 128
     inputs = small_models.batch(model, [128] * 4, written=[128] * 4)
-    sorted_out = config.family == "bert" or dtype == torch.float32
+    sorted_out = config.family == "bert" or dtype == torch.float32 or loss == "chunked"
     labelled = int((inputs["labels"] != -100).sum()) if sorted_out else tokens
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     counter = LiveBytes((small_models.VOCAB,))
     with counter:
-        loss = model(**inputs)
+        kept = model(**inputs)
     measured = sum(born.nbytes for key, born in counter.live.items() if key not in weights)
-    del loss
-    shapes = Shapes(config, small_models.VOCAB, dtype.itemsize, True, True, recompute)
+    del kept
+    shapes = Shapes(config, small_models.VOCAB, dtype.itemsize, True, True, recompute, loss=loss)
     batch = Batch(tokens, tokens if config.family == "encoder_decoder" else 0, labelled, 128, runs=1)
     planned = sum(segment.kept for segment in segments(shapes, batch)) + loss_bytes(shapes, batch)[0]
     assert planned == pytest.approx(measured, rel=0.025)
