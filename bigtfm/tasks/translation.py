@@ -20,7 +20,8 @@ def score(predicted: Sequence[str], gold: Sequence[str]) -> Scores:
     for name, metric in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
         found = metric.corpus_score(list(predicted), [list(gold)], n_bootstrap=RESAMPLED)
         values[name] = float(found.score)
-        intervals[name] = (found._mean - found._ci, found._mean + found._ci)
+        middle, half = float(found._mean), float(found._ci)
+        intervals[name] = (middle - half, middle + half)
     return Scores(values, intervals=intervals)
 
 
