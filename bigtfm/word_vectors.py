@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigtfm.config.problems import ConfigProblem, DataProblem
+from bigtfm.config.optional import library
+from bigtfm.config.problems import DataProblem
 from bigtfm.config.sections import ModelSection
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.engine import fragments
@@ -45,13 +46,9 @@ def load_vectors(path: Path) -> Any:
         ConfigProblem: gensim is not installed.
         DataProblem: there is no such file, or it holds no word vectors.
     """
-    try:
-        from gensim.models import KeyedVectors
-        from gensim.models.fasttext import load_facebook_vectors
-    except ImportError:
-        raise ConfigProblem(
-            "gensim is not installed", where="run.vectors", fix="pip install 'bigtfm[vectors]'"
-        ) from None
+    lacking = {"lacking": "gensim is not installed", "where": "run.vectors", "extra": "vectors"}
+    KeyedVectors = library("gensim.models", **lacking).KeyedVectors
+    load_facebook_vectors = library("gensim.models.fasttext", **lacking).load_facebook_vectors
     try:
         with path.open("rb") as file:
             begin = file.read(4)

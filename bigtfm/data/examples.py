@@ -11,6 +11,7 @@ What a mark means is the objective's (data/supervised.py):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,10 +102,8 @@ class TaskSetting:
     def texts(self, span: Span) -> Iterator[bytes]:
         """What a tokenizer is trained on."""
         for row, where in self.rows(span):
-            try:
+            with told(where):
                 parts = self.format.texts(row)
-            except Wrong as wrong:
-                raise problem(wrong, where()) from None
             yield "\n".join(parts).encode("utf-8", "surrogatepass")
 
     def labels_in(self, span: Span) -> set[str]:
@@ -112,10 +111,8 @@ class TaskSetting:
         found: set[str] = set()
         if self.format.labels_of is not None:
             for row, where in self.rows(span):
-                try:
+                with told(where):
                     found.update(self.format.labels_of(row))
-                except Wrong as wrong:
-                    raise problem(wrong, where()) from None
         return found
 
     def record(self) -> dict[str, Any]:
@@ -155,7 +152,15 @@ def _kind(value: Any) -> str:
     return "missing" if value is None else f"of type {type(value).__name__}"
 
 
-def problem(wrong: Wrong, where: str) -> DataProblem:
-    """The line of what is wrong in a row."""
-    what, fix = wrong.args
-    return DataProblem(what, where=where, fix=fix)
+@contextmanager
+def told(where: Where) -> Iterator[None]:
+    """What is wrong in the row that the block looks at becomes its line.
+
+    Raises:
+        DataProblem: the block has raised Wrong.
+    """
+    try:
+        yield
+    except Wrong as wrong:
+        what, fix = wrong.args
+        raise DataProblem(what, where=where(), fix=fix) from None

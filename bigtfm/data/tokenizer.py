@@ -106,6 +106,11 @@ class Tokenizer(Protocol):
         """Write what `load_tokenizer(directory)` needs to give the same tokenizer."""
 
 
+def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> str:
+    """What a model has written: ids that it knows beyond the tokenizer's stand for no text."""
+    return tokenizer.decode(token for token in ids if token < tokenizer.vocab_size)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A sentencepiece .model, a tokenizer.json, or a folder that holds one (or any Hugging Face tokenizer).
 

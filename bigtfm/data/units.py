@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtfm.data.documents import document_hash, read_documents
-from bigtfm.data.examples import Example, Reader, TaskSetting, Wrong, problem
+from bigtfm.data.examples import Example, Reader, TaskSetting, told
 from bigtfm.data.filtering.units import Filtering, kept_documents
 from bigtfm.data.indexed import INDEX_DTYPE, MARK_SHIFT, Tokens
 from bigtfm.data.sources import Reading, Unit
@@ -152,10 +152,8 @@ def _examples(
     """Each row's examples, all of a row in the split that the row's hash chooses."""
     reader = Reader(tokenizer, task.max_tokens, task.labels, task.options)
     for row, where in (found for span in spans for found in task.rows(span)):
-        try:
+        with told(where):
             made = task.format.make(row, reader)
-        except Wrong as wrong:
-            raise problem(wrong, where()) from None
         if not made:
             record.empty_documents += 1
             continue

@@ -16,7 +16,7 @@ from typing import Any
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.data.special import MASK_NAMES, SpecialIds
-from bigtfm.data.tokenizer import Tokenizer
+from bigtfm.data.tokenizer import Tokenizer, text_of
 from bigtfm.generation.beam_search import beam_search
 from bigtfm.generation.fill_mask import fill_mask
 from bigtfm.generation.sampling import generate
@@ -205,11 +205,7 @@ def _show(ids: Sequence[int], tokenizer: Tokenizer, special: SpecialIds) -> str:
     parts = []
     for mark, run in groupby(ids, key=marks.get):
         tokens = list(run)
-        parts += (
-            [tokenizer.decode(t for t in tokens if t < tokenizer.vocab_size)]
-            if mark is None
-            else ([mark] * len(tokens))
-        )
+        parts += [text_of(tokens, tokenizer)] if mark is None else ([mark] * len(tokens))
     return parts[0] if len(parts) == 1 else " ".join(part.strip() for part in parts)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from bigtfm.config.marks import WRITTEN
 from bigtfm.data.documents import Row
 from bigtfm.data.examples import Example, Format, Reader, Wrong, items, text
+from bigtfm.data.tokenizer import text_of
 from bigtfm.tasks.predictor import Predictor
-from bigtfm.tasks.task import Scores, Sums, Task, library, ratio
+from bigtfm.tasks.task import Scores, Sums, Task, metric_library, ratio
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # ShareGPT's names
 
@@ -114,8 +115,8 @@ def answers(predictor: Predictor, conversations: Sequence[Sequence[Turn]], reade
 
 def shown(ids: Sequence[int], reader: Reader) -> str:
     """The text of an answer, without what ends a turn."""
-    tokenizer, after = reader.tokenizer, template_of(reader.options).after
-    said = tokenizer.decode(token for token in ids if token < tokenizer.vocab_size)
+    after = template_of(reader.options).after
+    said = text_of(ids, reader.tokenizer)
     return (said if after is None else said.partition(after.strip())[0]).strip()
 
 
@@ -138,7 +139,7 @@ def _last(row: Row) -> int:
 
 def score(predicted: Sequence[str], gold: Sequence[str]) -> Scores:
     """chrf: mean over answers of sacrebleu's; exact_match, in percent."""
-    chrf = library("sacrebleu", "sacrebleu").CHRF()
+    chrf = metric_library("sacrebleu", "sacrebleu").CHRF()
     sums = np.array(
         [[chrf.sentence_score(said, [right]).score, 100.0 * (said.strip() == right.strip()), 1.0]
          for said, right in zip(predicted, gold, strict=True)]

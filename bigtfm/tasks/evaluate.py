@@ -17,7 +17,7 @@ from bigtfm.config.launch import Launch
 from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
 from bigtfm.console import progress_bar
 from bigtfm.data.documents import Row, read_documents
-from bigtfm.data.examples import Reader, TaskSetting, Wrong, problem
+from bigtfm.data.examples import Reader, TaskSetting, told
 from bigtfm.data.indexed import TaskHeader
 from bigtfm.data.sources import Reading, Span, find_sources, plan_units
 from bigtfm.data.special import SpecialIds
@@ -200,10 +200,8 @@ def predict(run_dir: Path, data: Sequence[str], options: Options) -> Iterator[An
         predictor = _predictor(model.to(_device()), special, options, step)
         setting = _setting(header, options)
         rows = [row for span in _spans(data) for row, _ in setting.rows(span, all_optional=True)]
-        try:
+        with told(lambda: ", ".join(data)):
             found = task_of(header.name).predict(predictor, rows, reader_of(header, tokenizer))
-        except Wrong as wrong:
-            raise problem(wrong, ", ".join(data)) from None
     yield from found
 
 
@@ -232,10 +230,8 @@ def _on_rows(
     task = task_of(header.name)
     reader = reader_of(header, tokenizer)
     rows, right = _rows(task, _setting(header, options), reader, spans, rank, of)
-    try:
+    with told(lambda: "data"):
         said = task.predict(predictor, rows, reader)
-    except Wrong as wrong:
-        raise problem(wrong, "data") from None
     return list(zip(said, right, rows, strict=True))
 
 
@@ -247,12 +243,10 @@ def _rows(
     for span in spans:
         for row, where in setting.rows(span):
             if number % of == rank:
-                try:
+                with told(where):
                     right.append(task.reference(row))
                     for label in task.format.labels_of(row) if task.format.labels_of is not None else ():
                         reader.mark(label)  # the label is known
-                except Wrong as wrong:
-                    raise problem(wrong, where()) from None
                 rows.append(row)
             number += 1
     return rows, right

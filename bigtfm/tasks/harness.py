@@ -18,10 +18,12 @@ from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.console import progress_bar
+from bigtfm.data.tokenizer import text_of
 from bigtfm.generation.decoding import inference, pack
 from bigtfm.generation.sampling import generate
 from bigtfm.model.gpt import GPT
 from bigtfm.run_directory import open_run
+from bigtfm.tasks.predictor import batches
 
 BATCH_TOKENS = 4096
 Pair = tuple[list[int], list[int]]  # context and continuation
@@ -78,18 +80,15 @@ class Bigtfm(TemplateLM):
         """(log p of the continuation, whether greedy decoding would write it) of each request."""
         prefix = self.prefix_token_id
         pairs = [(ids if ids[:1] == [prefix] else [prefix, *ids], more) for _, ids, more in requests]
+        return self._scored(pairs, disable_tqdm)
+
+    def _scored(self, pairs: Sequence[Pair], silent: bool) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        order = sorted(range(len(pairs)), key=lambda n: sum(map(len, pairs[n])))
-        with inference(self.model), progress_bar("scoring", on=not disable_tqdm) as step:
-            batch: list[int] = []
-            for done, number in enumerate(order, 1):
-                batch.append(number)
-                full = sum(sum(map(len, pairs[n])) for n in batch) >= self.batch_tokens
-                if full or done == len(order):
-                    for n, score in zip(batch, self._score([pairs[n] for n in batch]), strict=True):
-                        found[n] = score
-                    batch = []
-                    step(done, len(order))
+        lengths = [len(context) + len(more) for context, more in pairs]
+        with inference(self.model), progress_bar("scoring", on=not silent) as step:
+            for numbers in batches(lengths, self.batch_tokens, step):
+                for n, score in zip(numbers, self._score([pairs[n] for n in numbers]), strict=True):
+                    found[n] = score
         return found
 
     def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
@@ -105,28 +104,21 @@ class Bigtfm(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, in windows that touch, each token scored once."""
+        """log p of whole texts, in windows that touch, each token scored once.
+
+        A later window begins with a token of the text, not with BOS.
+        """
         windows = [
             [
-                (None, *make_disjoint_window(window))
+                make_disjoint_window(window)
                 for window in get_rolling_token_windows(
                     self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
                 )
             ]
             for request in requests
         ]
-        flat = [window for of_one in windows for window in of_one]
-        scores = iter(self._windows(flat, disable_tqdm))
-        return [sum(next(scores) for _ in of_one) for of_one in windows]
-
-    def _windows(self, windows: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool) -> list[float]:
-        """A later window begins with a token of the text, not with BOS."""
-        with inference(self.model), progress_bar("scoring", on=not disable_tqdm) as step:
-            found = []
-            for done, (_, context, more) in enumerate(windows, 1):
-                found += [score for score, _ in self._score([(context, more)])]
-                step(done, len(windows))
-        return found
+        scores = iter(self._scored([window for of_one in windows for window in of_one], disable_tqdm))
+        return [sum(next(scores)[0] for _ in of_one) for of_one in windows]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy, or sampled where a request says so; cut at the first of its stops."""
@@ -150,7 +142,7 @@ class Bigtfm(TemplateLM):
             self.model, [prompt or [self.prefix_token_id]], max_new_tokens=most, temperature=temperature,
             eos_id=self.special.eos,
         )  # fmt: skip
-        text = self.bigtfm_tokenizer.decode(t for t in ids if t < self.bigtfm_tokenizer.vocab_size)
+        text = text_of(ids, self.bigtfm_tokenizer)
         for stop in filter(None, stops):
             text = text.partition(stop)[0]
         return text

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bigtfm.config.marks import WRITTEN
 from bigtfm.data.documents import Row
 from bigtfm.data.examples import Example, Reader, text
+from bigtfm.data.tokenizer import text_of
 from bigtfm.tasks.predictor import Predictor
 
 
@@ -40,10 +41,7 @@ def predict(predictor: Predictor, rows: Sequence[Row], reader: Reader) -> list[s
     longest = min(reader.max_tokens, predictor.model.config.max_seq_len) - 2
     longest -= 1 if predictor.causal else 0  # one token to write, at the least
     prompts = [[*lead, *tokenizer.encode(text(row, "source"))[:longest], tokenizer.eos_id] for row in rows]
-    return [
-        tokenizer.decode(token for token in ids if token < tokenizer.vocab_size).strip()
-        for ids in predictor.answers(prompts)
-    ]
+    return [text_of(ids, tokenizer).strip() for ids in predictor.answers(prompts)]
 
 
 def reference(row: Row) -> str:

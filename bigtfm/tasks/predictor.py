@@ -87,17 +87,21 @@ class Predictor:
         return found
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of examples, alike in length, of about batch_tokens together."""
-        batch: list[int] = []
-        tokens = done = 0
-        for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if batch and tokens + lengths[number] > self.batch_tokens:
-                yield batch
-                done += len(batch)
-                self.step(done, len(lengths))
-                batch, tokens = [], 0
-            batch.append(number)
-            tokens += lengths[number]
-        if batch:
+        return batches(lengths, self.batch_tokens, self.step)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int, step: Step) -> Iterator[list[int]]:
+    """Numbers of examples, alike in length, of about batch_tokens together; step: hears of progress."""
+    batch: list[int] = []
+    tokens = done = 0
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and tokens + lengths[number] > batch_tokens:
             yield batch
-            self.step(len(lengths), len(lengths))
+            done += len(batch)
+            step(done, len(lengths))
+            batch, tokens = [], 0
+        batch.append(number)
+        tokens += lengths[number]
+    if batch:
+        yield batch
+        step(len(lengths), len(lengths))

@@ -10,14 +10,16 @@ import numpy as np
 from bigtfm.data.documents import Row
 from bigtfm.data.examples import Format, text
 from bigtfm.tasks import pairs
-from bigtfm.tasks.task import Scores, Sums, Task, library, ratio
+from bigtfm.tasks.task import Scores, Sums, Task, metric_library, ratio
 
 KINDS = ("rougeLsum", "rouge1", "rouge2", "rougeL")
 
 
 def score(predicted: Sequence[str], gold: Sequence[str]) -> Scores:
     """F-measures in percent, the mean over examples; with stemming, as is the custom."""
-    scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(list(KINDS), use_stemmer=True)
+    scorer = metric_library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(
+        list(KINDS), use_stemmer=True
+    )
     found = [scorer.score(right, said) for said, right in zip(predicted, gold, strict=True)]
     sums = np.array([[one[kind].fmeasure for kind in KINDS] + [1.0] for one in found])
     return Scores(_metrics(sums.sum(0)), sums, _metrics)

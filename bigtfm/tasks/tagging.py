@@ -12,7 +12,7 @@ import numpy as np
 from bigtfm.data.documents import Row
 from bigtfm.data.examples import Example, Format, Reader, Wrong, items
 from bigtfm.tasks.predictor import Predictor
-from bigtfm.tasks.task import Scores, Sums, Task, f1, library, ratio
+from bigtfm.tasks.task import Scores, Sums, Task, f1, metric_library, ratio
 
 
 def make(row: Row, reader: Reader) -> list[Example]:
@@ -75,7 +75,7 @@ def score(predicted: Sequence[Any], gold: Sequence[Any]) -> Scores:
     sums = np.array([[right, len(tags), 0, 0, 0] for right, tags in zip(words, gold, strict=True)], float)
     bio = all(tag == "O" or tag[:2] in ("B-", "I-") for tags in gold for tag in tags)
     if bio:
-        labeling = library("seqeval.metrics.sequence_labeling", "seqeval")
+        labeling = metric_library("seqeval.metrics.sequence_labeling", "seqeval")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for row, said, tags in zip(sums, predicted, gold, strict=True):

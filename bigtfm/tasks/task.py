@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.optional import library
 from bigtfm.data.documents import Row
 from bigtfm.data.examples import Format, Reader
 from bigtfm.tasks.predictor import Predictor
@@ -46,20 +46,13 @@ class Task:
     baseline: tuple[str, Callable[[Sequence[Row]], list[Any]]]
 
 
-def library(name: str, package: str) -> Any:
+def metric_library(name: str, package: str) -> Any:
     """A library that measures.
 
     Raises:
         ConfigProblem: it is not installed.
     """
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError:
-        raise ConfigProblem(
-            f"{package} is not installed", where="bigtfm evaluate", fix="pip install 'bigtfm[tasks]'"
-        ) from None
+    return library(name, f"{package} is not installed", where="bigtfm evaluate", extra="tasks")
 
 
 def interval(scores: Scores, samples: int = 1000, seed: int = 0) -> Mapping[str, tuple[float, float]]:

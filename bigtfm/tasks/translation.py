@@ -8,14 +8,14 @@ from functools import partial
 from bigtfm.data.documents import Row
 from bigtfm.data.examples import Format, text
 from bigtfm.tasks import pairs
-from bigtfm.tasks.task import Scores, Task, library
+from bigtfm.tasks.task import Scores, Task, metric_library
 
 RESAMPLED = 1000
 
 
 def score(predicted: Sequence[str], gold: Sequence[str]) -> Scores:
     """bleu (Papineni et al. 2002) and chrf (Popovic 2015), sacrebleu's defaults and its own intervals."""
-    sacrebleu = library("sacrebleu", "sacrebleu")
+    sacrebleu = metric_library("sacrebleu", "sacrebleu")
     values, intervals = {}, {}
     for name, metric in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
         found = metric.corpus_score(list(predicted), [list(gold)], n_bootstrap=RESAMPLED)

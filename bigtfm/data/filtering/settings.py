@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from bigtfm.config.optional import library
 from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean, shown
 from bigtfm.config.sections import Section
 from bigtfm.config.strict_toml import read_toml, validated
@@ -187,16 +188,8 @@ def needed(module: str, what: str) -> Any:
     Raises:
         ConfigProblem: it is not installed.
     """
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError:
-        name = module.partition(".")[0]
-        fix = "pip install 'bigtfm[filters]'"
-        raise ConfigProblem(
-            f"{name} is not installed, and needed for {what}", where="filters", fix=fix
-        ) from None
+    lacking = f"{module.partition('.')[0]} is not installed, and needed for {what}"
+    return library(module, lacking, where="filters", extra="filters")
 
 
 def _version(package: str) -> str | None:
