@@ -6,15 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import rank_runner
-from conftest import TINY
+from task_runs import learnt
 
 from bigtfm.config.problems import ConfigProblem, DataProblem
-from bigtfm.data.best_fit import pack
-from bigtfm.data.prepare import prepare
 from bigtfm.huggingface.export_hf import export_hf
 from bigtfm.tasks.evaluate import Options, evaluate, predict
-from bigtfm.tasks.known import setting_of
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 GOOD = {"text": "a fine film", "label": "good"}
@@ -24,22 +20,9 @@ BAD = {"text": "dull and long", "label": "bad"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     """A classifier that has seen two rows very often."""
-    folder = tmp_path_factory.mktemp("films")
-    films = rows(folder, *(GOOD, BAD) * 40)
-    setting = setting_of("classification", max_tokens=32)
-    prepare(films, folder / "data", tokenizer=tiny_data / "tokenizer", task=setting, workers=1,
-            validation_fraction=0, progress=False)  # fmt: skip
-    pack(folder / "data", 32)
-    content = {
-        "train_batch_size": 4, "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "zero_optimization": {"stage": 0},
-    }  # fmt: skip
-    (folder / "ds.json").write_text(json.dumps(content))
-    args = ["train", "--deepspeed_config", "ds.json", *TINY, "objective.kind=classification", "run.steps=20"]
-    more = [f"data.path={folder / 'data'}", "data.packing=best_fit", "run.name=films", "model.family=bert"]
-    finished = rank_runner.run([*args, *more], folder)
-    assert finished.code == 0, finished.output
-    return folder / "runs" / "films"
+    folder, films = tmp_path_factory.mktemp("films"), (GOOD, BAD) * 40
+    overrides = ("model.family=bert", "objective.kind=classification", "run.steps=20")
+    return learnt(folder, tiny_data / "tokenizer", "classification", films, *overrides, batch=4)
 
 
 def rows(folder: Path, *found: object) -> list[str]:
