@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtfm.environment import environment
+from bigtfm.resilience.lifeline import wake_when_parent_ends
 from bigtfm.tracking import parse_row
 
 if TYPE_CHECKING:
@@ -263,6 +264,7 @@ def main() -> int:
     """Entry point of the process."""
     run_dir, seconds = Path(sys.argv[1]), float(sys.argv[2])
     os.nice(10)
+    wake_when_parent_ends()  # a sender that stands still would never end
     ended = threading.Event()
     threading.Thread(target=_until_end_of_input, args=(ended, seconds), daemon=True).start()
     lock = _lock(run_dir, ended)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -513,6 +514,25 @@ def test_the_sender_ends_by_itself_after_training_died(tmp_path: Path, mirror: S
         done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=30, capture_output=True)
     assert done.returncode == 1
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
+def test_a_stopped_sender_ends_after_a_training_that_was_killed(tmp_path: Path) -> None:
+    sender = [sys.executable, "-m", "bigtfm.mlflow_sender", str(tmp_path), "1"]
+    (tmp_path / "logs").mkdir()
+    code = (
+        "import subprocess, sys; from subprocess import PIPE;"
+        f"print(subprocess.Popen({sender!r}, stdin=PIPE).pid, flush=True); sys.stdin.read()"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert trainer.stdout is not None
+    process = psutil.Process(int(trainer.stdout.readline()))
+    with trainer:
+        wait_for((tmp_path / "logs" / "mlflow.lock").exists)
+        process.suspend()
+        wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
+        trainer.kill()
+    wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, seconds=30)
 
 
 def test_sync_of_a_folder_that_is_no_run_is_a_problem(tmp_path: Path) -> None:

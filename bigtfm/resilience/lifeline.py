@@ -119,6 +119,12 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def wake_when_parent_ends() -> None:
+    """Lets this process go on when its parent ends, should it have been stopped (SIGSTOP) meanwhile."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
 def end_with_parent() -> None:
     """For a process of multiprocessing, whatever started it: ends it with the process that wanted it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
