@@ -162,12 +162,15 @@ browser-packages: setup ## install what the tests of pages in a browser need (De
 	  chromium-headless-shell
 	$(call phase,installing $(BROWSER_DRIVER) for the tests,$(PIP) '$(BROWSER_DRIVER)',$(NO_BROWSER_DRIVER))
 
-.PHONY: check
-check: setup ## format, lint, types, import layers and the fast tests
+.PHONY: lint
+lint: setup ## format, lint, types and import layers
 	@$(BIN)/ruff format --check --quiet . || { echo "Fix: make format" >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+.PHONY: check
+check: lint ## make lint and the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not launcher and not gpu and not slurm" $(ARGS)
 
 .PHONY: format

@@ -160,5 +160,5 @@ def test_the_package_declares_its_extras_and_its_command() -> None:
 def test_ci_is_valid_bash_and_runs_the_documented_commands() -> None:
     subprocess.run(["bash", "-n", ".ci/run"], cwd=ROOT, check=True)
     script = (ROOT / ".ci" / "run").read_text()
-    assert script.index("make check") < script.index("make test") < script.index("timed quickstart")
+    assert script.index("make lint") < script.index("make test") < script.index("timed quickstart")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
