@@ -17,7 +17,14 @@ from chaos import job, processes
 from chaos.attempt import Attempt, Plan, attempt, plan
 from chaos.job import LAYOUTS, RANKS, SAVE_EVERY
 from chaos.marks import BROKEN
-from chaos.reference import Reference, differing_files, differing_rows, reference_of, rows_of
+from chaos.reference import (
+    Reference,
+    differing_files,
+    differing_rows,
+    evaluation_is_due,
+    reference_of,
+    rows_of,
+)
 
 MARGIN = 1.5  # seconds of training over which "any" moment is spread, beside the start-up
 
@@ -119,7 +126,8 @@ def _start(out: Path, run: int, reference: Reference, rows: Sequence[Row], setti
         {BROKEN: settings.broken} if settings.broken else None,
     )
     found = rows_of(out / "runs" / name)
-    wrong = [*_of_the_resume(done, before), *differing_rows(found, reference.rows)]
+    due = evaluation_is_due(out / "runs" / name) if done.killed else None
+    wrong = [*_of_the_resume(done, before), *differing_rows(found, reference.rows, due)]
     wrong += [f"outlived its job: {orphan}" for orphan in done.orphans]
     if done.killed:
         assert planned is not None

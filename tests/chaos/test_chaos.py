@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos.reference import differing_rows, evaluation_is_due
 from conftest import ROOT
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
@@ -69,3 +70,21 @@ def test_what_is_broken_is_found(campaign: Path, tmp_path: Path) -> None:
     assert any("sample_digest" in text and " instead of " in text for text in wrong)
     assert "shard-00000.safetensors differs" in wrong
     assert any(text.startswith("outlived its job: ") and text.endswith("sleep 60") for text in wrong)
+
+
+def test_only_the_evaluation_that_is_made_up_for_may_be_missing(tmp_path: Path) -> None:
+    expected = {step: {"loss": 1.0, "val_loss": 2.0} for step in (10, 20)}
+    found = {10: {"loss": 1.0, "val_loss": 2.0}, 20: {"loss": 1.0}}
+    assert evaluation_is_due(tmp_path) is None
+    assert len(differing_rows(found, expected)) == 1
+    for step, unevaluated in ((10, False), (20, True)):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(
+            json.dumps({"progress": {"step": step, "unevaluated": unevaluated}})
+        )
+    due = evaluation_is_due(tmp_path)
+    assert due == 20
+    assert differing_rows(found, expected, due) == []
+    assert len(differing_rows({10: {"loss": 1.0}}, expected, due)) == 1
+    assert len(differing_rows({20: {"loss": 1.0, "val_loss": 2.5}}, expected, due)) == 1
