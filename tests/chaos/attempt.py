@@ -26,6 +26,7 @@ VICTIMS = {
 }  # with weights
 MOMENTS = {"any": 5, "resume": 1, "save": 1, "write": 1, "evaluate": 1}
 LAUNCHER_EVERY = 40  # one kill of so many is of the deepspeed launcher: it takes ten times as long to start
+ORPHANED = 30.0  # seconds that ranks without their launcher may take to save (docs/reliability.md)
 STARTING = 60.0  # seconds that what it leaves behind may take to start the ranks, which then look for it
 
 
@@ -216,7 +217,7 @@ def _through_launcher(out: Path, args: Sequence[str], plan: Plan, gone: float) -
         done.killed = [launcher.pid] if alive() else []
     processes.kill(done.killed)
     done.seconds = time.monotonic() - began
-    _end(done, servers, gone + STARTING if starting else gone)
+    _end(done, servers, gone + (STARTING if starting else ORPHANED))
     done.codes = [launcher.wait()]
     done.output = (out / "launcher.out").read_text(errors="replace")
     if found := re.findall(r"resuming .* after step (\d+)", done.output):
