@@ -70,7 +70,7 @@ def train_plainly(job: Job, parts: int = 1) -> Trained:
 
     parts: add up the gradients of so many parts of the batch, which rounds otherwise, and no more.
     """
-    values, size = job.deepspeed_values, job.resolved.global_batch
+    values, schedule = job.deepspeed_values, job.resolved.batch
     params, clipping = values["optimizer"]["params"], values["gradient_clipping"]
     assert values["optimizer"]["type"] == "AdamW", "the oracle knows AdamW"
     model = fresh_model(job)
@@ -79,7 +79,8 @@ def train_plainly(job: Job, parts: int = 1) -> Trained:
     optimizer = torch.optim.AdamW(groups, lr=params["lr"], betas=betas, eps=params["eps"])
     losses, norms = [], []
     for step in range(job.resolved.steps):
-        batches = [batch_of(job, step * size + part * size // parts, size // parts) for part in range(parts)]
+        first, size = schedule.samples(step), schedule.at(step + 1)
+        batches = [batch_of(job, first + part * size // parts, size // parts) for part in range(parts)]
         labels = sum(int((batch.labels != -100).sum()) for batch in batches)
         loss = 0.0
         for batch in batches:

@@ -198,8 +198,8 @@ def require_samples(job: Job, progress: Progress) -> None:
     resolved, there = job.resolved, job.order.num_samples
     if not progress.spikes or there == MAX_SIZE:
         return
-    left = resolved.steps - progress.step
-    needed = spikes.end(progress.samples, left, resolved.global_batch, progress.spikes)
+    to_come = range(progress.step + 1, resolved.steps + 1)
+    needed = spikes.end(progress.samples, to_come, resolved.batch, progress.spikes)
     if needed > there:
         raise DataProblem(
             f"data.sources have {there} sequences within their max_epochs; {resolved.steps} steps need "

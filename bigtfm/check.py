@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from bigtfm.config.batch import GlobalBatch, global_batch
 from bigtfm.config.deepspeed import DeepSpeedConfig, acting_stage
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import RunConfig
@@ -41,14 +42,15 @@ class Resolved:
     world_size: int  # ranks
     micro_batch: int  # sequences per rank in one forward pass
     accumulation: int  # forward passes per rank in one optimizer step
-    global_batch: int  # sequences in one optimizer step
+    global_batch: int  # sequences in one optimizer step, behind a ramp-up
+    batch: GlobalBatch  # sequences in every step
     seq_len: int  # tokens in a sequence, at most
     packing: str  # how documents become sequences
-    tokens_per_step: int  # of best_fit, whose sequences are not all full, the mean
+    tokens_per_step: int  # of best_fit, whose sequences are not all full, and of a ramp-up the mean
     steps: int  # optimizer steps of this run
     horizon: int | None  # the scheduler's total steps, if it has them
     train_tokens: int | None  # tokens in the training splits; None: not known of a stream
-    steps_per_epoch: float | None
+    steps_per_epoch: float | None  # of global_batch
     epochs: float | None  # passes over as many sequences as the training splits have
     sources: tuple[Share, ...]
     family: str
@@ -96,28 +98,31 @@ def resolve(
         )
     _keeps_zeros(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
-    micro_batch, accumulation, global_batch = deepspeed.solve_batch(world_size)
+    micro_batch, accumulation, final = deepspeed.solve_batch(world_size)
+    batch = global_batch(config.batch, final, micro_batch, world_size)
     padded_vocab_size = config.model.padded_vocab_size(vocab_size)
     largest = max(matrix.in_ * matrix.out for matrix in block_matrices(config.model))
     _buffers_hold(max(largest, padded_vocab_size * config.model.hidden_size), deepspeed, world_size)
-    _lasts(order, steps, global_batch)
-    shares, tokens = _taken(config, datasets, order, steps * global_batch)
-    steps_per_epoch = sum(share.sequences for share in shares) / global_batch if shares else None
+    _lasts(order, steps, batch)
+    samples = batch.samples(steps)
+    shares, tokens = _taken(config, datasets, order, samples)
+    sequences = sum(share.sequences for share in shares) if shares else None
     return Resolved(
         name=config.run.name,
         run_dir=str(config.run_dir),
         world_size=world_size,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        global_batch=global_batch,
+        global_batch=final,
+        batch=batch,
         seq_len=config.seq_len,
         packing=config.data.packing,
         tokens_per_step=round(tokens / steps),
         steps=steps,
         horizon=deepspeed.horizon,
         train_tokens=sum(share.train_tokens for share in shares) if shares else None,
-        steps_per_epoch=steps_per_epoch,
-        epochs=steps / steps_per_epoch if steps_per_epoch else None,
+        steps_per_epoch=sequences / final if sequences else None,
+        epochs=samples / sequences if sequences else None,
         sources=shares,
         family=config.model.family,
         objective=config.objective_kind,
@@ -150,14 +155,15 @@ def _taken(
     return shares, sum(n * source.tokens_per_sample for n, source in zip(taken, order.sources, strict=True))
 
 
-def _lasts(order: Order, steps: int, global_batch: int) -> None:
+def _lasts(order: Order, steps: int, batch: GlobalBatch) -> None:
     """There are sequences for every step."""
-    if order.num_samples < steps * global_batch:
-        possible = order.num_samples // global_batch
+    if order.num_samples < batch.samples(steps):
+        possible = batch.steps_within(order.num_samples)
+        sizes = " and ".join(str(size) for size, _ in batch.parts(steps))
         fewer = f"set run.steps to {possible} or less, " if possible else ""
         raise ConfigProblem(
             f"data.sources have {order.num_samples} sequences within their max_epochs: {possible} steps of "
-            f"{global_batch}, and the run has {steps}",
+            f"{sizes}, and the run has {steps}",
             where="run config",
             fix=f"{fewer}set larger max_epochs, or leave one of them out",
         )
@@ -240,8 +246,13 @@ def render(resolved: Resolved, attention: str) -> Table:
         "run": f"{r.name} in {r.run_dir}",
         "batch": f"{r.global_batch:,} sequences = {r.micro_batch} micro batch x {r.accumulation} "
         f"accumulation x {r.world_size} ranks",
-        "tokens per step": f"{r.tokens_per_step:,} {'=' if r.packing == 'windows' else 'of'} "
-        f"{r.global_batch:,} x {r.seq_len:,}",
+        **{
+            f"  ramp-up {n}": f"{size:,} sequences in {count:,} steps"
+            for n, (size, count) in enumerate(zip(r.batch.sizes, r.batch.steps, strict=True), 1)
+        },
+        "tokens per step": f"{r.tokens_per_step:,} "
+        + ("in the mean, of" if r.batch.sizes else "=" if r.packing == "windows" else "of")
+        + f" {r.global_batch:,} x {r.seq_len:,}",
         "steps": f"{r.steps:,}"
         + (f" of the schedule's {r.horizon:,}" if r.horizon not in (None, r.steps) else ""),
         "training tokens": _known(r.train_tokens, ",d"),

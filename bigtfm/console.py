@@ -91,10 +91,12 @@ class Console:
         start_step: int = 0,
         *,
         every: int = 10,
+        steps_left: Callable[[int, int], float] = lambda step, total: total - step,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._start, self._every = total_steps, start_step, every
+        self._steps_left = steps_left  # as GlobalBatch.steps_left
         self._clock = clock
         self._stream = _Output(sys.stdout if stream is None else stream)
         self._intervals: deque[float] = deque(maxlen=_MEMORY)
@@ -214,7 +216,8 @@ class Console:
         if not self._intervals or step >= self._total:
             return None
         longest = 10 * statistics.median(self._intervals)
-        return (self._total - step) * statistics.fmean(min(taken, longest) for taken in self._intervals)
+        pace = statistics.fmean(min(taken, longest) for taken in self._intervals)
+        return self._steps_left(step, self._total) * pace
 
 
 @contextmanager

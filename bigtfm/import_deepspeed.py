@@ -139,7 +139,7 @@ def _require_same_recipe(saved: Saved, job: Job, model: torch.nn.Module, theirs:
     pairs = {
         "global_batch": (
             saved.state["global_samples"] // steps if steps else job.resolved.global_batch,
-            job.resolved.global_batch,
+            job.resolved.batch.samples(steps) // steps if steps else job.resolved.global_batch,
         ),
         "optimizer": _optimizers(saved, _table(stated, "optimizer"), job),
         "weight_decay": _decays(saved, job, model, theirs),

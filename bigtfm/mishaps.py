@@ -80,9 +80,7 @@ def go_back(
     reader.forget()
     ranks.pulse.enter("resume")
     before, _ = resume(job, engine, ranks)
-    found = spikes.spike(
-        step, progress.samples, (before.step, before.samples), job.resolved.global_batch, guard
-    )
+    found = spikes.spike(step, progress.samples, (before.step, before.samples), job.resolved.batch, guard)
     before.spikes = [*progress.spikes, found]
     require_samples(job, before)
     saver.went_back(before.step)

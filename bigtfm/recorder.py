@@ -32,7 +32,9 @@ class Recorder:
         self._peak = peak_flops(device, resolved.precision)
         self._log = MetricsLog(run.run_dir / "metrics.jsonl", run.save.retry_seconds)
         last = self._log.truncate_after(progress.step)
-        self._console = Console(resolved.steps, progress.step, every=run.track.every)
+        self._console = Console(
+            resolved.steps, progress.step, every=run.track.every, steps_left=resolved.batch.steps_left
+        )
         if progress.step >= resolved.steps:
             beyond = resolved.horizon is not None and resolved.horizon > resolved.steps
             more = f"; a larger run.steps goes on, up to {resolved.horizon}" if beyond else ""

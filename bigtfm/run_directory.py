@@ -46,6 +46,7 @@ def identity(job: Job) -> dict[str, Any]:
             "global_batch": job.resolved.global_batch,
             **{key: values.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
             **({"tune": run.tune.model_dump(mode="json")} if run.tune != TuneSection() else {}),
+            **({"batch": run.batch.model_dump(mode="json")} if run.batch.rampup_sizes else {}),
         },
     }
     return json.loads(json.dumps(parts))  # as it will be read back

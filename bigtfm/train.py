@@ -83,7 +83,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
         if ranks.rank == 0:
             lay_out(job)
 
-    micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    micro_batch = engine.train_micro_batch_size_per_gpu()
     stride = ranks.world_size * micro_batch
     data = json.dumps(progress.identity["data"], sort_keys=True)
     with (
@@ -108,9 +108,10 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
             pulse.enter("data", step=progress.step + 1)
             progress.samples = spikes.position(progress.samples, progress.spikes)
             lr_factor = spikes.lr_factor(progress.step + 1, progress.spikes)
+            size = job.resolved.batch.at(progress.step + 1)
+            gradients.begin(engine, size)
             first = progress.samples + ranks.rank * micro_batch
-            starts = range(first, first + stride * accumulation, stride)
-            batches = reader.step(starts, micro_batch, stride * accumulation)
+            batches = reader.step(range(first, first + size, stride), micro_batch, size)
             labels, stop_asked, failed = ranks.sum(
                 [
                     sum(batch.num_labels for batch in batches),
@@ -127,7 +128,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
             for batch in batches:
                 pulse.enter("forward")
                 inputs = batch.to(ranks.device).model_inputs()
-                loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * accumulation))
+                loss, _ = engine(**inputs, l1_scale=labels / (ranks.world_size * len(batches)))
                 # The gradient of sum(token losses) / labels in the global batch: DeepSpeed averages
                 # over ranks, hence the factor; else it would average averages.
                 pulse.enter("backward")
@@ -137,9 +138,9 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
                 pulse.enter("update")
                 grad_norm, lr = gradients.step(engine, ranks, lr_factor)
 
-            taken = loader.order.pieces(progress.samples, stride * accumulation)
+            taken = loader.order.pieces(progress.samples, size)
             progress.step += 1
-            progress.samples += stride * accumulation
+            progress.samples += size
             progress.tokens += taken.num_tokens
             progress.stream = stream.mark_of(progress.samples) if stream is not None else None
             total_loss, left_out = ranks.sum([float(loss_sum), not engine.was_step_applied()])

@@ -45,6 +45,14 @@ def dropout_of_the_process() -> None:
     rank_runner.train_jobs()
 
 
+def counting_on_through_a_ramp_up() -> None:
+    """DeepSpeed's own count of micro-batches, where the accumulation changes in the middle of a run."""
+    from bigtfm.engine import gradients
+
+    gradients.begin = lambda engine, global_batch: engine.set_train_batch_size(global_batch)
+    rank_runner.train_jobs()
+
+
 def _restart_schedule(engine: Any, _: Any, fresh_schedule: dict[str, Any]) -> None:
     engine.lr_scheduler.load_state_dict(fresh_schedule)
 

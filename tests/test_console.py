@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtfm.config.batch import GlobalBatch
 from bigtfm.console import Console, Summary, duration
 
 
@@ -166,6 +167,17 @@ def test_a_pause_does_not_spoil_the_time_left(pause: float, longest: float) -> N
     left = stream.getvalue().splitlines()[1].split(" left")[0].split()[-1]
     minutes, seconds = left.removesuffix("s").split("m")
     assert 100 <= int(minutes) * 60 + int(seconds) <= longest
+
+
+def test_the_time_left_is_that_of_the_steps_to_come() -> None:
+    stream, clock = io.StringIO(), Clock()
+    console = Console(
+        150, every=100, steps_left=GlobalBatch(32, (8,), (100,)).steps_left, stream=stream, clock=clock
+    )
+    for step in range(1, 101):
+        clock.now += 0.1
+        console.step(row(step))
+    assert "20 s left" in stream.getvalue(), "50 steps of 0.4 s"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from bigtfm.compare.runs import Run
 from bigtfm.config.problems import shown
 
 # Settings that can move a column, by the order in which to suspect them.
-SAMPLES = ("data.", "run.seed", "train_batch_size", "tokenizer.")
+SAMPLES = ("data.", "run.seed", "train_batch_size", "batch.", "tokenizer.")
 START = ("run.init_from", "model.", "objective.", *PRECISION, *SAMPLES)
 UPDATE = ("optimizer.", "gradient_clipping", "scheduler.")
 SUSPECTS = {

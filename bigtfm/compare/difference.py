@@ -20,7 +20,9 @@ COLUMNS = (
 )  # what comes first causes the rest
 EXACT = ("sample_digest", "tokens")
 NORM = 100.0  # the tolerance of gradient norms, in tolerances: their rounding was 100 times that of losses
-RUN_TABLES = ("run.", "model.", "data.", "objective.", "compute.", "eval.", "save.", "track.", "resume.")
+RUN_TABLES = (
+    *("run.", "model.", "data.", "objective.", "batch.", "compute.", "eval.", "save.", "track.", "resume."),
+)
 
 # What may differ between two runs of one curve. Of the run config all else decides the curve, of the
 # DeepSpeed JSON nothing else but RECIPE.

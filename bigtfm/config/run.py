@@ -25,6 +25,7 @@ from bigtfm.config.sections import (
     OBJECTIVES,
     SUPERVISED,
     USED_BY,
+    BatchSection,
     ComputeSection,
     DataSection,
     DistillSection,
@@ -51,6 +52,7 @@ class RunConfig(Section):
     objective: ObjectiveSection = ObjectiveSection()
     distill: DistillSection = DistillSection()
     tune: TuneSection = TuneSection()
+    batch: BatchSection = BatchSection()
     compute: ComputeSection = ComputeSection()
     eval: EvalSection = EvalSection()
     save: SaveSection = SaveSection()
@@ -254,9 +256,9 @@ def _parse(text: str, annotation: Any) -> Any:
     if annotation is str and not isinstance(value, str):
         return text  # a run may be called 2024-05-01
     kinds = (annotation, *get_args(annotation))  # the tuple of `tuple[...] | None`, too
-    if isinstance(value, str) and any(get_origin(kind) is tuple for kind in kinds):
-        return [_parse(part.strip(), None) for part in value.split(",")]
-    return value
+    if not any(get_origin(kind) is tuple for kind in kinds) or isinstance(value, list):
+        return value
+    return [_parse(part.strip(), None) for part in value.split(",")] if isinstance(value, str) else [value]
 
 
 def _unknown_fix(key: str) -> str:

@@ -540,6 +540,32 @@ USED_BY: dict[str, tuple[Objective, ...]] = {  # fields that do nothing for the 
 }
 
 
+class BatchSection(Section):
+    """A global batch that grows: sizes before the DeepSpeed JSON's. Each step's is made by accumulation."""
+
+    rampup_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(),
+        strict=False,
+        description="global batches of the first steps, in sequences, each larger than the one before and a "
+        "multiple of micro batch x ranks; then comes the DeepSpeed JSON's. Empty: it comes at once",
+    )
+    rampup_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), strict=False, description="optimizer steps that each of `rampup_sizes` is kept for"
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        if len(self.rampup_sizes) != len(self.rampup_steps):
+            raise ValueError(
+                f"batch.rampup_sizes has {len(self.rampup_sizes)} entries and batch.rampup_steps "
+                f"{len(self.rampup_steps)}",
+                "state a number of steps for each size",
+            )
+        if list(self.rampup_sizes) != sorted(set(self.rampup_sizes)):
+            raise ValueError("batch.rampup_sizes must grow", "write them in increasing order, each once")
+        return self
+
+
 class ComputeSection(Section):
     """How it is computed; nothing here changes what is computed."""
 

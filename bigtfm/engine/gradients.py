@@ -35,6 +35,16 @@ def marked(loss: Tensor) -> Tensor:
     return loss * (loss.detach() * 0 + 1)
 
 
+def begin(engine: Any, global_batch: int) -> None:
+    """Before each step: how many sequences its micro-batches add up to.
+
+    DeepSpeed finds the last one by counting all micro-batches of the run modulo the accumulation, which a
+    change of the accumulation would put off.
+    """
+    engine.set_train_batch_size(global_batch)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+
+
 def step(engine: Any, ranks: Ranks, lr_factor: float = 1.0) -> tuple[float, float]:
     """`engine.step()`, behind each micro-batch's backward; the last one of a step updates, or leaves it out.
 

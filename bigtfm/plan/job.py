@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bigtfm.config.batch import GlobalBatch, global_batch
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, did_you_mean
 from bigtfm.config.run import RunConfig, load_run_config
@@ -50,16 +51,13 @@ class Planned:
     memory: MemoryPlan
     step: StepPlan
     steps: int | None  # of the run; None: neither file says
+    hours: float | None  # of all of them; in a ramp-up of the batch they are shorter
     mfu: float | None  # None: a CPU
     unknown: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
         return self.memory.peak <= self.target.budget
-
-    @property
-    def hours(self) -> float | None:
-        return self.steps * self.step.seconds / 3600 if self.steps else None
 
     @property
     def kilowatt_hours(self) -> float | None:
@@ -119,15 +117,18 @@ def plan(
         runs=runs_of(run, deepspeed.solve_batch(gpus).micro_batch),
     )
     rates = rates_for(target, setting, calibration)
-    return (
-        planned(setting, target, rates, _steps(run, deepspeed), run.compute.compile_blocks),
-        rates,
-        deepspeed,
-    )
+    batch = global_batch(run.batch, setting.global_batch, setting.micro_batch, gpus)
+    found = planned(setting, target, rates, batch, _steps(run, deepspeed), run.compute.compile_blocks)
+    return found, rates, deepspeed
 
 
 def planned(
-    setting: Setting, target: Target, rates: Rates, steps: int | None, compiled: bool = False
+    setting: Setting,
+    target: Target,
+    rates: Rates,
+    batch: GlobalBatch,
+    steps: int | None,
+    compiled: bool = False,
 ) -> Planned:
     """What a setting comes to there."""
     memory, step = plan_memory(setting), plan_step(setting, rates, target.gpus_per_node)
@@ -135,7 +136,11 @@ def planned(
     flops = flops_per_token(setting.model, setting.vocab_size, setting.seq_len, setting.objective)
     mfu = step.tokens_per_second * flops / (peak * target.ranks) if peak else None
     unknown = tuple(_unknown(setting, target, step, steps, compiled))
-    return Planned(setting, target, memory, step, steps, mfu, unknown)
+    once, seconds = setting.micro_batch * setting.world_size, 0.0
+    for size, count in batch.parts(steps or 0):
+        each = replace(setting, accumulation=size // once)
+        seconds += count * plan_step(each, rates, target.gpus_per_node).seconds
+    return Planned(setting, target, memory, step, steps, seconds / 3600 if steps else None, mfu, unknown)
 
 
 def target_of(gpu: str, gpus: int, gpus_per_node: int) -> Target:

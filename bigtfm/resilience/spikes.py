@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from bigtfm.config.batch import GlobalBatch
 from bigtfm.config.problems import DIVERGED, NumericsProblem
 from bigtfm.config.sections import GuardSection
 
@@ -39,14 +40,15 @@ def with_last(recent: Sequence[float], loss: float, guard: GuardSection) -> list
 
 
 def spike(
-    step: int, samples: int, back_to: tuple[int, int], global_batch: int, guard: GuardSection
+    step: int, samples: int, back_to: tuple[int, int], batch: GlobalBatch, guard: GuardSection
 ) -> dict[str, Any]:
     """A spike as a run's progress lists it.
 
     step, samples: it was seen after this step, and this many samples. back_to: both, of the checkpoint.
     """
     went_back, earliest = back_to
-    first = max(earliest, samples - guard.spike_skip * global_batch)
+    skipped = batch.samples(step) - batch.samples(max(0, step - guard.spike_skip))
+    first = max(earliest, samples - skipped)
     lr = guard.spike_lr
     return {"step": step, "back_to": went_back, "first_sample": first, "end_sample": samples, "lr": lr}
 
@@ -59,10 +61,10 @@ def position(samples: int, spikes: Sequence[dict[str, Any]]) -> int:
     return samples
 
 
-def end(samples: int, steps: int, global_batch: int, spikes: Sequence[dict[str, Any]]) -> int:
-    """How many samples a run is through, with those left out, after `steps` more."""
-    for _ in range(steps):
-        samples = position(samples, spikes) + global_batch
+def end(samples: int, steps: range, batch: GlobalBatch, spikes: Sequence[dict[str, Any]]) -> int:
+    """How many samples a run is through, with those left out, after those steps."""
+    for step in steps:
+        samples = position(samples, spikes) + batch.at(step)
     return samples
 
 

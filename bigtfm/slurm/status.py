@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtfm.config.batch import GlobalBatch
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.console import duration
 from bigtfm.mlflow_sender import read_json
@@ -107,7 +108,8 @@ def status(run_dir: Path) -> Status:
         ranks=begun[-1].ranks if begun else resolved.get("world_size"),
         job=job,
         began=begun[0].began if begun else None,
-        seconds_left=_pace_of_all(rows) * (steps - step)
+        seconds_left=_pace_of_all(rows)
+        * GlobalBatch(**resolved.get("batch", {"final": 1})).steps_left(step, steps)
         if steps and rows and state != "done" and not awaited
         else None,
         goodput=_share(useful, until - begun[0].began) if begun else None,

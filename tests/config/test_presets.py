@@ -221,6 +221,26 @@ def test_the_table_shows_the_truths() -> None:
         assert truth in shown
 
 
+def test_a_ramp_up_of_the_batch_is_counted_everywhere() -> None:
+    """100 steps of 4, 100 of 8 and 200 of 16 sequences, where without it 400 are of 16."""
+    from rich.console import Console
+
+    deepspeed = load_deepspeed_json(ROOT / "ds_configs" / "zero2_fp32.json")
+    ramp = ["rampup_sizes=4,8", "rampup_steps=100,100", "data.seq_len=100"]
+    sequences = 100 * 4 + 100 * 8 + 200 * 16
+    found = come_to(load_run_config(None, ramp), deepspeed, 1, tokens=100 * sequences + 1)
+    assert (found.global_batch, found.epochs, found.tokens_per_step) == (16, 1.0, 100 * sequences // 400)
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(render(found, "sdpa: CPU"))
+    shown = " ".join(console.export_text().split())
+    assert "ramp-up 1 4 sequences in 100 steps ramp-up 2 8 sequences in 100 steps" in shown
+    assert "tokens per step 1,100 in the mean, of 16 x 100" in shown
+    once = 'data.sources=[{path = "a", max_epochs = 1}]'
+    with pytest.raises(ConfigProblem) as caught:
+        come_to(load_run_config(None, [*ramp, once]), deepspeed, 1, tokens=100 * (sequences - 1) + 1)
+    assert "399 steps of 4 and 8 and 16, and the run has 400" in caught.value.line
+
+
 def test_checking_needs_no_torch_and_no_time() -> None:
     code = (
         "import sys; from pathlib import Path\n"

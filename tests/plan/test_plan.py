@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,17 @@ def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert said["memory"]["peak"] <= said["budget"]
     assert any("no calibration for h100-80g" in line for line in said["unknown"])
     assert 0.1 < said["mfu"] < 0.7
+
+
+def test_the_hours_of_a_ramp_up_are_those_of_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*overrides: str) -> dict[str, Any]:
+        show(*GPT2, [*NO_DATA, "steps=300", *overrides], **PLACE, as_json=True)
+        return json.loads(capsys.readouterr().out)
+
+    ramp, whole = said("rampup_sizes=256", "rampup_steps=200"), said()
+    assert ramp["step_seconds"] == whole["step_seconds"]
+    half = (ramp["hours"] * 3600 - 100 * whole["step_seconds"]) / 200
+    assert 0.5 * whole["step_seconds"] < half < 0.6 * whole["step_seconds"], "the update stays"
 
 
 def test_a_plan_for_reading(capsys: pytest.CaptureFixture[str]) -> None:

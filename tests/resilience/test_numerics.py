@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bigtfm.config.batch import GlobalBatch
 from bigtfm.config.problems import NumericsProblem, known_cause, loss_scale_floor
 from bigtfm.config.sections import GuardSection
 from bigtfm.data.loader import Batch
@@ -164,7 +165,8 @@ def test_a_spike_stands_out_and_a_healthy_curve_has_none() -> None:
 
 
 def test_a_window_is_left_out_and_the_lr_lowered_from_the_checkpoint_on() -> None:
-    found = [spikes.spike(14, 112, (12, 96), 8, GUARD), spikes.spike(20, 176, (16, 144), 8, GUARD)]
+    eight = GlobalBatch(8)
+    found = [spikes.spike(14, 112, (12, 96), eight, GUARD), spikes.spike(20, 176, (16, 144), eight, GUARD)]
     assert found[0] == {"step": 14, "back_to": 12, "first_sample": 96, "end_sample": 112, "lr": 0.5}
     assert found[1]["first_sample"] == 152, "three steps"
     assert [spikes.position(n, found) for n in (88, 96, 104, 112, 144, 152, 168, 176)] == [

@@ -64,6 +64,15 @@ def test_the_time_left_is_that_of_the_last_steps(tmp_path: Path) -> None:
     assert status(tmp_path).seconds_left == pytest.approx(60 * 2.0)
 
 
+def test_in_a_ramp_up_of_the_batch_the_steps_to_come_are_longer(tmp_path: Path) -> None:
+    """50 steps of 8, then 50 of 32, which take four times as long."""
+    write(tmp_path, [(s, 2.0 * s) for s in range(1, 41)], [start(0)])
+    resolved = tmp_path / "resolved.json"
+    batch = {"batch": {"final": 32, "sizes": [8], "steps": [50]}}
+    resolved.write_text(json.dumps(json.loads(resolved.read_text()) | batch))
+    assert status(tmp_path).seconds_left == pytest.approx((10 + 50 * 4) * 2.0)
+
+
 @pytest.mark.parametrize(
     ("queued", "code", "state"),
     [
