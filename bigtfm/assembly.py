@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import RunConfig
 from bigtfm.data.indexed import Split, SplitName, TokenDataset
 from bigtfm.data.loader import Loader, TokenStream
+from bigtfm.data.mixture import training_order
 from bigtfm.data.objectives import MakeExamples, make_objective
 from bigtfm.data.order import MAX_SIZE, InOrder, Source, WholeDocuments, Windows
 from bigtfm.data.special import SpecialIds
@@ -102,6 +104,13 @@ def batches_of(job: Job, split: SplitName) -> Loader:
     if job.source is not None:
         stream = StreamedTokens.like(job.dataset, job.source, run.seq_len)
     return Loader(stream, job.order, run.seq_len, job.dataset.vocab_size, _objective(run, job.special))
+
+
+def shuffled(run: RunConfig, datasets: Sequence[TokenDataset], special: SpecialIds) -> Loader:
+    """The training batches of a run on prepared data sets."""
+    stream = Split.join([dataset.split("train") for dataset in datasets])
+    order = training_order(datasets, run.data, run.seq_len, run.run.seed)
+    return Loader(stream, order, run.seq_len, datasets[0].vocab_size, _objective(run, special))
 
 
 def as_it_stands(run: RunConfig, dataset: TokenDataset, special: SpecialIds, split: SplitName) -> Loader:

@@ -952,6 +952,91 @@ def lr_range(
     print(json.dumps(found.record) if as_json else found.words)
 
 
+@app.command("noise-scale")
+def noise_scale(
+    run_dir: RunDirectory,
+    batches: Annotated[
+        int, typer.Option(min=2, help="Number of micro-batches whose gradients are compared.")
+    ] = 64,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in each of them. Default: the run's micro batch.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prepared data set to measure on. Default: the run's own, from its next sample on."
+        ),
+    ] = None,
+    step: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, help="Optimizer step of a checkpoint. May be given more than once. Default: the newest."
+        ),
+    ] = None,
+    every_checkpoint: Annotated[
+        bool, typer.Option("--every-checkpoint", help="Measure all checkpoints that the run has kept.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG of what each batch costs. Default: RUN/noise-scale.png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not tables.")] = False,
+) -> None:
+    """Say which batch size pays.
+
+    The gradient noise scale of a run's checkpoints (McCandlish et al. 2018) with a 95 % interval, and what
+    smaller and larger batches would take in steps and sequences. Under a launcher each rank takes a share.
+    """
+    from bigtfm.config.launch import of_srun
+    from bigtfm.large_batch.command import measure
+    from bigtfm.large_batch.view import draw, render, to_json, verdict
+
+    os.environ.update(of_srun(os.environ))
+    report = measure(
+        run_dir,
+        batches=batches,
+        micro_batch=micro_batch,
+        data=data,
+        steps=step or (),
+        every_checkpoint=every_checkpoint,
+    )
+    if report is None:
+        return
+    picture = picture or run_dir / "noise-scale.png"
+    draw(report, picture)
+    if as_json:
+        print(json.dumps(to_json(report) | {"picture": str(picture)}))
+    else:
+        from rich.console import Console
+
+        for each in report.measured:
+            Console().print(render(each))
+            print(verdict(each))
+        print(picture)
+
+
+@app.command("lr-scale")
+def lr_scale(
+    deepspeed_config: DeepSpeedFile,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of the new global batch.")],
+    rule: Annotated[
+        str | None,
+        typer.Option(help="linear, sqrt or adam (sqrt, with betas and eps). Default: the optimizer's own."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="DeepSpeed JSON to write. Default: none.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not sentences.")] = False,
+) -> None:
+    """Say what a tuned recipe becomes at another batch.
+
+    By the published rule of its optimizer: linear for SGD and Lars, square root for Lamb, square root with
+    betas, eps and decay for Adam and AdamW. The number of samples stays. It runs nothing.
+    """
+    from bigtfm.large_batch.lr_scale import lr_scale as run
+    from bigtfm.large_batch.lr_scale import to_json, told
+
+    found = run(deepspeed_config, batch, rule, out)
+    print(json.dumps(to_json(found, out)) if as_json else told(found, out))
+
+
 @app.command()
 def doctor(
     run: Annotated[

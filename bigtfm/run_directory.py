@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import DataSection, DistillSection, ModelSection, ObjectiveSection, TuneSection
+from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint
@@ -236,6 +237,38 @@ def saved_run(run_dir: Path, step: int | None = None, best: bool = False) -> Sav
             fix="put the one of the run's data set back",
         )
     return SavedRun(found, run, vocab_size, tokenizer)
+
+
+def stated_by(run_dir: Path) -> dict[str, Any]:
+    """The run config that a run was started with; {}: it was imported."""
+    path = run_dir / "resolved.json"
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))["run_config"] if path.exists() else {}
+        return dict(stated)
+    except (ValueError, KeyError, TypeError):
+        raise ConfigProblem("is damaged", where=str(path), fix="remove it, and pass --data") from None
+
+
+def data_of(saved: SavedRun, stated: dict[str, Any], data: Path | None) -> list[TokenDataset]:
+    """The data sets that a run has learnt from, or `data` instead.
+
+    Raises:
+        ConfigProblem: the run names none.
+        DataProblem: one is missing, or has another tokenizer than the run.
+    """
+    if data is None and not stated:
+        fix = "pass --data with a folder that `bigtfm prepare` wrote with the run's tokenizer"
+        raise ConfigProblem("the run names no data set", where=str(saved.checkpoint), fix=fix)
+    paths = [str(data)] if data is not None else DataSection.model_validate(stated["data"]).paths
+    datasets = [TokenDataset.open(Path(path)) for path in paths]
+    for path, dataset in zip(paths, datasets, strict=True):
+        if saved.tokenizer is not None and dataset.header.tokenizer.identity != saved.tokenizer.identity:
+            raise DataProblem(
+                "has another tokenizer than the run",
+                where=path,
+                fix="pass a --data that `bigtfm prepare --tokenizer RUN/tokenizer` has written",
+            )
+    return datasets
 
 
 def finding(error: ValidationError) -> tuple[str, str]:

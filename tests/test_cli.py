@@ -180,6 +180,23 @@ FROZEN: dict[str, dict[str, Any]] = {
         "--ranks": 1,
         "--json": False,
     },
+    "noise-scale": {
+        "--run": REQUIRED,
+        "--batches": 64,
+        "--micro-batch": None,
+        "--data": None,
+        "--step": None,
+        "--every-checkpoint": False,
+        "--picture": None,
+        "--json": False,
+    },
+    "lr-scale": {
+        "--deepspeed_config": REQUIRED,
+        "--batch": REQUIRED,
+        "--rule": None,
+        "--out": None,
+        "--json": False,
+    },
     "doctor": {"--run": None, "--json": False},
     "submit": {
         "--deepspeed_config": REQUIRED,
@@ -232,6 +249,9 @@ UNITS = {  # of every number: the word that its help has to hold
     "--share": "share of each matrix",
     "--group-size": "columns",
     "--eval-tokens": "validation tokens",
+    "--batches": "micro-batches",
+    "--micro-batch": "sequences",
+    "--batch": "sequences",
     "--since": "unix seconds",
     "--retries": "starts in a row",
 }

@@ -16,10 +16,9 @@ from bigtfm.compression.measure import Side, measured, size_of
 from bigtfm.compression.pruning import magnitude, two_of_four
 from bigtfm.compression.quantization import quantized
 from bigtfm.compression.result import Compressed
-from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean
+from bigtfm.config.problems import ConfigProblem, did_you_mean
 from bigtfm.config.run import RunConfig, to_toml
 from bigtfm.config.sections import DataSection, EvalSection, RunSection
-from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.loader import Loader
 from bigtfm.engine import checkpoint, weights
 from bigtfm.engine.checkpoint import Progress
@@ -29,7 +28,7 @@ from bigtfm.huggingface.convert import made_whole
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
 from bigtfm.model.quantized import Quantized, put
-from bigtfm.run_directory import HUGGING_FACE, TASK, SavedRun, open_run, saved_run
+from bigtfm.run_directory import HUGGING_FACE, TASK, SavedRun, data_of, open_run, saved_run, stated_by
 
 METHODS = ("int8", "int8-dynamic", "int4", "magnitude", "2:4", "heads")
 SHARED = ("magnitude", "heads")  # methods that take away a share
@@ -77,9 +76,9 @@ def compress(
     with made_whole(out) as building:
         saved = saved_run(run_dir)
         _require_unquantised(saved)
-        stated = _stated(run_dir)
+        stated = stated_by(run_dir)
         model, _, special = open_run(run_dir)
-        dataset = _dataset(saved, stated, data)
+        dataset, *_ = data_of(saved, stated, data)
         validation = as_it_stands(_run_of(saved), dataset, special, "validation")
         tokens = eval_tokens or stated.get("eval", {}).get("tokens", EvalSection().tokens)
         require_labels(validation, tokens)
@@ -128,35 +127,6 @@ def _require_unquantised(saved: SavedRun) -> None:
             where=str(saved.checkpoint),
             fix="pass the run that it was made of",
         )
-
-
-def _stated(run_dir: Path) -> dict[str, Any]:
-    """The run config that the run was started with; {}: it was imported."""
-    path = run_dir / "resolved.json"
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))["run_config"] if path.exists() else {}
-        return dict(stated)
-    except (ValueError, KeyError, TypeError):
-        raise ConfigProblem("is damaged", where=str(path), fix="remove it, and pass --data") from None
-
-
-def _dataset(saved: SavedRun, stated: dict[str, Any], data: Path | None) -> TokenDataset:
-    """The data set to measure with."""
-    path = data
-    if path is None:
-        if not stated:
-            fix = "pass --data with a folder that `bigtfm prepare` wrote with the run's tokenizer"
-            raise ConfigProblem("the run names no data set", where=str(saved.checkpoint), fix=fix)
-        section = DataSection.model_validate(stated["data"])
-        path = Path(section.paths[0])
-    dataset = TokenDataset.open(path)
-    if saved.tokenizer is not None and dataset.header.tokenizer.identity != saved.tokenizer.identity:
-        raise DataProblem(
-            "has another tokenizer than the run",
-            where=str(path),
-            fix="pass a --data that `bigtfm prepare --tokenizer RUN/tokenizer` has written",
-        )
-    return dataset
 
 
 def _run_of(saved: SavedRun) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
+from math import gcd
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import BatchSection
@@ -63,12 +64,15 @@ def global_batch(batch: BatchSection, final: int, micro_batch: int, world_size: 
     for size in batch.rampup_sizes:
         if size % once:
             near = [n for n in (size // once * once, -(-size // once) * once) if 0 < n < final]
-            fix = f"write {' or '.join(map(str, near))}, or " if near else ""
+            fixes = [f"write {' or '.join(map(str, near))}"] if near else []
+            if size % world_size == 0:
+                fitting = gcd(size // world_size, micro_batch)
+                fixes.append(f"set train_micro_batch_size_per_gpu to {fitting} in the DeepSpeed JSON")
             raise ConfigProblem(
                 f"batch.rampup_sizes has {size}, which is not a multiple of {once} = {micro_batch} micro "
                 f"batch x {world_size} ranks",
                 where="run config",
-                fix=f"{fix}lower train_micro_batch_size_per_gpu in the DeepSpeed JSON",
+                fix=", or ".join(fixes) or "run on fewer ranks",
             )
     if batch.rampup_sizes and batch.rampup_sizes[-1] >= final:
         raise ConfigProblem(

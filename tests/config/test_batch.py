@@ -46,7 +46,13 @@ def test_without_a_ramp_up_it_is_the_json_s() -> None:
     ("sizes", "micro_batch", "ranks", "said", "fix"),
     [
         ((8, 20), 4, 2, "has 20, which is not a multiple of 8 = 4 micro batch x 2 ranks", "16 or 24"),
-        ((4,), 8, 1, "has 4, which is not a multiple of 8", "write 8, or lower train_micro_batch"),
+        (
+            (4,),
+            8,
+            1,
+            "has 4, which is not a multiple of 8",
+            "write 8, or set train_micro_batch_size_per_gpu to 4 in",
+        ),
         ((8, 32), 4, 2, "ends with 32, and train_batch_size, that it leads up to, is 32", "leave out"),
     ],
 )

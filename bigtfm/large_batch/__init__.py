@@ -1,0 +1,1 @@
+"""Large batches: which size pays (the gradient noise scale), and what a recipe becomes at another one."""
