@@ -42,9 +42,9 @@ from bigtfm.word_vectors import fill, load_vectors, rows_of
 
 def fresh_model(job: Job) -> LanguageModel:
     """The model, to be filled with initial weights or a checkpoint's."""
-    run, compute = job.run, job.run.compute.model_copy(update={"attention": job.attention.name})
+    run = job.run
     model = make_model(
-        run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=compute
+        run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=job.compute
     )
     model.stack_learns, model.embeddings_learn = run.tune.train == "all", run.tune.embeddings
     return model

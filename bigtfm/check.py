@@ -67,6 +67,7 @@ class Resolved:
     lr: float  # the peak
     gradient_clipping: float  # largest L2 norm; 0: no limit
     recompute: str | int
+    fp8: str  # recipe of the blocks' 8-bit products, or none
 
     def to_json(self) -> str:
         """One JSON object, a key a line."""
@@ -97,6 +98,7 @@ def resolve(
             fix="set compute.loss to auto, or use a bf16 JSON",
         )
     _keeps_zeros(config, deepspeed)
+    _multiplies_in_8_bits(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, final = deepspeed.solve_batch(world_size)
     batch = global_batch(config.batch, final, micro_batch, world_size)
@@ -138,6 +140,7 @@ def resolve(
         lr=deepspeed.lr,
         gradient_clipping=deepspeed.clipping,
         recompute=config.compute.recompute,
+        fp8=config.compute.fp8,
     )
 
 
@@ -231,6 +234,28 @@ def _keeps_zeros(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
         )
 
 
+FP8_MULTIPLE = 16  # of a matrix's sides, in 8-bit products
+
+
+def _multiplies_in_8_bits(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
+    if config.compute.fp8 == "none":
+        return
+    for matrix in block_matrices(config.model):  # what a decoder has besides takes the same sides
+        if matrix.in_ % FP8_MULTIPLE or matrix.out % FP8_MULTIPLE:
+            raise ConfigProblem(
+                f"compute.fp8 takes matrices whose sides are multiples of {FP8_MULTIPLE}, and the model has "
+                f"one of {matrix.out} x {matrix.in_}",
+                where="run config",
+                fix="change hidden_size, ffn_hidden_size or head_dim of [model], or set compute.fp8 to none",
+            )
+    if deepspeed.zero_stage == 3 and config.compute.recompute not in ("full", 1):
+        raise ConfigProblem(
+            "compute.fp8 keeps the weights that stage 3 gathers until the backward pass, all of them at once",
+            where="run config",
+            fix="set compute.recompute to full, or use a JSON of ZeRO stage 2",
+        )
+
+
 def render(resolved: Resolved, attention: str) -> Table:
     """The same for reading, as a table that rich can print; `attention`: the backend of this machine."""
     from rich.table import Table
@@ -267,7 +292,7 @@ def render(resolved: Resolved, attention: str) -> Table:
         },
         "model": f"{r.family}, {r.objective}, {r.parameters:,} parameters",
         "vocabulary": f"{r.vocab_size:,} (padded to {r.padded_vocab_size:,})",
-        "precision": r.precision,
+        "precision": r.precision + (f", the blocks' products in fp8, {r.fp8}" if r.fp8 != "none" else ""),
         "ZeRO stage": ", ".join([str(r.zero_stage), *offload, *acting]),
         "optimizer": f"{r.optimizer}, lr {r.lr:g}, {r.scheduler or 'constant'}",
         "clipping": f"gradient norm {r.gradient_clipping:g}" if r.gradient_clipping else "none",

@@ -12,7 +12,7 @@ from bigtfm.check import Resolved, resolve
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import RunConfig, load_run_config
-from bigtfm.config.sections import LABELLED
+from bigtfm.config.sections import LABELLED, ComputeSection
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.mixture import training_order
 from bigtfm.data.order import Order
@@ -20,7 +20,15 @@ from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.stream_source import StreamSource
 from bigtfm.data.streaming import ShuffledBlocks
 from bigtfm.data.tokenizer import load_tokenizer
-from bigtfm.model.backends import Choice, choose, installed_kernels, needs_of, this_device
+from bigtfm.model.backends import (
+    Choice,
+    choose,
+    choose_kernels,
+    has_liger,
+    installed_kernels,
+    needs_of,
+    this_device,
+)
 from bigtfm.resilience.out_of_memory import remembered
 
 
@@ -61,6 +69,18 @@ class Job:
             needs=needs_of(self.run.model, self.resolved.precision),
             installed=installed_kernels(),
         )
+
+    @cached_property
+    def compute(self) -> ComputeSection:
+        """How this machine computes the run: the run config's section with "auto" of its kernels resolved.
+
+        Raises:
+            ConfigProblem: a kernel that it names can't serve here.
+        """
+        kernels = choose_kernels(
+            self.run.compute, model=self.run.model, device=this_device(), installed=has_liger()
+        )
+        return self.run.compute.model_copy(update={"attention": self.attention.name, "kernels": kernels})
 
     @cached_property
     def checkpoints(self) -> Path:

@@ -46,6 +46,7 @@ def identity(job: Job) -> dict[str, Any]:
         "recipe": {
             "global_batch": job.resolved.global_batch,
             **{key: values.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
+            **({"fp8": run.compute.fp8} if run.compute.fp8 != "none" else {}),
             **({"tune": run.tune.model_dump(mode="json")} if run.tune != TuneSection() else {}),
             **({"batch": run.batch.model_dump(mode="json")} if run.batch.rampup_sizes else {}),
         },

@@ -68,7 +68,7 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     require_same_on_all(job, ranks)
     pulse = ranks.pulse
     pulse.enter("build")
-    engine = build_engine(partial(fresh_model, job), job.deepspeed_values, run.compute, run.tune)
+    engine = build_engine(partial(fresh_model, job), job.deepspeed_values, job.compute, run.tune)
     learn_from_teacher(job, engine.module, ranks)
     loader = batches_of(job, "train")
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bigtfm.config.loss_path import LossPath
+
 LARGEST = 2**63
 
 
@@ -520,10 +522,6 @@ class TuneSection(Section):
     )
 
 
-# Of fp32 logits that a chunk holds: fewer make the output layer slow, whose gradient each chunk adds to. On a
-# CPU more would leave its cache, on a GPU fewer leave it idle.
-LOGITS_BYTES = 16 << 20
-GPU_LOGITS_BYTES = 256 << 20
 Backend = Literal[
     "flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "flex",
     "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "reference",
@@ -567,7 +565,7 @@ class BatchSection(Section):
 
 
 class ComputeSection(Section):
-    """How it is computed; nothing here changes what is computed."""
+    """How it is computed; nothing here but fp8 changes what is computed."""
 
     recompute: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = Field(
         default="none",
@@ -579,13 +577,24 @@ class ComputeSection(Section):
         description="attention kernels: auto (the fastest that device and model allow; `bigtfm check` names "
         "it), or one of them",
     )
-    loss: Literal["auto", "whole", "chunked"] = Field(
+    loss: Literal["auto", LossPath] = Field(
         default="auto",
-        description="cross-entropy over the vocabulary: whole (all logits at once) or chunked (few at a "
-        "time, gradients beside the loss: less memory; not in fp16); auto: chunked on a CPU in fp32, else "
-        "whole",
+        description="cross-entropy over the vocabulary: whole (all logits at once), compiled (the same by "
+        "torch.compile) or chunked (few at a time, gradients beside the loss: less memory; not in fp16); "
+        "auto: on a CPU chunked in fp32, else whole; on a GPU compiled, or chunked where logits would take "
+        "more than an eighth of its memory",
     )
     compile_blocks: bool = Field(default=False, description="compile the blocks with torch.compile")
+    kernels: Literal["auto", "torch", "liger"] = Field(
+        default="auto",
+        description="RMSNorm, SwiGLU and rotary positions in blocks that are not compiled: torch, or liger "
+        "(Liger Kernel's fused kernels, on a GPU); auto: liger where it is installed and can serve",
+    )
+    fp8: Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = Field(
+        default="none",
+        description="the blocks' matrix products in 8 bits, by one of torchao's recipes; part of the recipe, "
+        "since it moves the loss, and emulated where the device has no such products",
+    )
 
     @model_validator(mode="after")
     def _compiles(self) -> ComputeSection:
@@ -593,6 +602,11 @@ class ComputeSection(Section):
             raise ValueError(
                 "compute.recompute selective can't look into compiled blocks",
                 "set recompute to none, full or a number, or compile_blocks to false",
+            )
+        if self.compile_blocks and self.kernels == "liger":
+            raise ValueError(
+                "compute.kernels liger has nothing to do in compiled blocks, whose kernels torch makes",
+                "set compile_blocks to false, or kernels to auto",
             )
         return self
 

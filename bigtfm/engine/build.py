@@ -21,7 +21,10 @@ from bigtfm.config.deepspeed import acting_stage
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ComputeSection, TuneSection
 from bigtfm.engine import fragments, schedules
+from bigtfm.model.cross_entropy import can_compile
+from bigtfm.model.float8 import use_float8
 from bigtfm.model.heads import LanguageModel
+from bigtfm.model.liger import use_liger
 from bigtfm.model.transformer import block_linears, compile_blocks, init_weights
 
 ONE_LR_A_GROUP = ("AdamW", "Adam", "SGD", "Lion")
@@ -44,6 +47,7 @@ def build_engine(
     config = copy.deepcopy(config)  # initialize() pops from and merges into what it is given
     on_cpu = get_accelerator().device_name() == "cpu"
     _require_precision(config)
+    _require_compiler(compute)
     zero = config.setdefault("zero_optimization", {})
     stage = zero["stage"] = _acting_stage(config)
     if stage == 3 and compute.recompute == "selective":
@@ -60,6 +64,11 @@ def build_engine(
     if model.config.keep_zeros:
         for _, layer in block_linears(model):
             layer.weight.register_hook(partial(_no_gradient_where_zero, layer.weight))
+    if compute.kernels == "liger":
+        use_liger(model)
+    if compute.fp8 != "none":
+        capability = None if on_cpu else torch.cuda.get_device_capability()
+        use_float8(model, compute.fp8, precision=_precision(config), capability=capability)
     if compute.compile_blocks:
         torch._dynamo.trace_rules.add("deepspeed")  # its hooks gather parameters: nothing to be compiled
         compile_blocks(model)
@@ -86,12 +95,15 @@ def _no_gradient_where_zero(weight: torch.Tensor, gradient: torch.Tensor) -> tor
     return gradient.masked_fill(weight == 0, 0)
 
 
+def _precision(config: dict[str, Any]) -> str:
+    return next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), "fp32")
+
+
 def _acting_stage(config: dict[str, Any]) -> int:
-    mixed = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
     return acting_stage(
         config["zero_optimization"],
         optimizer=config["optimizer"]["type"],
-        precision=mixed[0] if mixed else "fp32",
+        precision=_precision(config),
         world_size=torch.distributed.get_world_size(),
     )
 
@@ -133,6 +145,19 @@ def _require_precision(config: dict[str, Any]) -> None:
                 where=f"DeepSpeed JSON: {key}.enabled",
                 fix="use a bf16 or fp32 JSON, for example ds_configs/zero2_fp32.json",
             )
+
+
+def _require_compiler(compute: ComputeSection) -> None:
+    """What "auto" compiles it compiles where it can; what is asked for must work."""
+    asked = {"compute.compile_blocks": compute.compile_blocks, "compute.loss": compute.loss == "compiled"}
+    device = get_accelerator().device_name()
+    for key in (key for key, wanted in asked.items() if wanted and not can_compile(device)):
+        raise ConfigProblem(
+            f"{key} needs torch.compile, and this machine lacks a C++ compiler"
+            + ("" if device == "cpu" else ", or Triton"),
+            where="run config",
+            fix="install g++" + ("" if device == "cpu" else " and triton") + f", or leave {key} out",
+        )
 
 
 def parameter_groups(

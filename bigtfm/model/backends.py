@@ -1,4 +1,4 @@
-"""Which attention backend a run takes, and why: a table of rules. No torch: `bigtfm check` reads it.
+"""Which attention backend and which kernels a run takes, and why: rules. No torch: `bigtfm check` reads it.
 
 Sources: csrc/flash_attn/flash_api.cpp of flash-attn 2.8.3, hopper/flash_api.cpp of the same repository (3),
 flash_attn/cute/interface.py of flash-attn-4 4.0.0b36, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.sections import Backend, ModelSection
+from bigtfm.config.sections import Backend, ComputeSection, ModelSection
 
 FUSED = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen", "sdpa_flash", "sdpa_cudnn")
 PACKAGES = {
@@ -141,6 +141,35 @@ def _obstacle_of_size(backend: Backend, capability: tuple[int, int], needs: Need
         return "on Blackwell it takes head sizes up to 128, and 256"
     most = {"sdpa_cudnn": 128, "sdpa_efficient": size}.get(backend, 256)
     return f"it takes head sizes up to {most}" if size > most else None
+
+
+def choose_kernels(
+    compute: ComputeSection, *, model: ModelSection, device: Device, installed: bool
+) -> Literal["torch", "liger"]:
+    """Whose kernels compute norms, SwiGLU and rotary positions. installed: whether Liger Kernel is.
+
+    Raises:
+        ConfigProblem: Liger's are asked for where they can't serve.
+    """
+    why_not = None
+    if device.capability is None or device.capability < (8, 0):
+        why_not = f"they need an Ampere GPU or later (SM80), and this is {device}"
+    elif model.norm != "rmsnorm" and model.activation != "swiglu" and model.positions != "rotary":
+        why_not = "the model has no RMSNorm, SwiGLU or rotary positions"
+    elif not installed:
+        why_not = "Liger Kernel is not installed"
+    if compute.kernels == "liger" and why_not:
+        raise ConfigProblem(
+            f"compute.kernels liger can't serve: {why_not}",
+            where="run config",
+            fix="set compute.kernels to auto" + ("" if installed else ", or pip install 'bigtfm[liger]'"),
+        )
+    return "torch" if compute.kernels == "torch" or why_not or compute.compile_blocks else "liger"
+
+
+def has_liger() -> bool:
+    """Whether Liger Kernel, of a version that has what is used of it, is there. It is not imported."""
+    return _has_file("liger_kernel", "ops/swiglu.py", holding="LigerFusedGateUpSiLUMulFunction")
 
 
 def needs_of(model: ModelSection, precision: Literal["fp32", "bf16", "fp16"]) -> Needs:

@@ -1,18 +1,69 @@
-"""The output layer and its loss as one function that never holds all logits.
+"""The loss over the vocabulary, three ways: of all logits, the same compiled, and without ever holding all.
 
-T tokens, C features, V vocabulary.
+T tokens, C features, V vocabulary, Vp vocabulary padded to a multiple.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bigtfm.config.loss_path import GPU_LOGITS_BYTES, LOGITS_BYTES, LossPath, loss_path
 from bigtfm.config.marks import IGNORE
-from bigtfm.config.sections import GPU_LOGITS_BYTES, LOGITS_BYTES
+
+
+def path_of(wanted: Any, x: Tensor, vocab_size: int) -> LossPath:
+    """How the loss of features x [T, C] is computed where `wanted` is compute.loss: see `loss_path`."""
+    memory = torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else None
+    return loss_path(
+        wanted,
+        value_bytes=x.element_size(),
+        fp16=x.dtype == torch.float16,
+        logits=len(x) * vocab_size,
+        memory=memory,
+        compiles=can_compile(x.device.type),
+    )
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile can make kernels for the device: a C compiler, on a GPU Triton besides."""
+    if device_type == "cpu":
+        return bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"))
+    from torch.utils._triton import has_triton
+
+    return has_triton() and bool(shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang"))
+
+
+def cross_entropy(
+    logits: Tensor, vocab_size: int, labels: Tensor, label_smoothing: float = 0.0, *, compiled: bool = False
+) -> Tensor:
+    """Sum of the token losses, an fp32 scalar: logits [T, Vp], of which the first V count, labels [T] int64.
+
+    compiled: by torch.compile, which rounds to fp32, cuts the padding off and takes softmax and gradients in
+    passes over the logits as they are.
+    """
+    if compiled and len(logits) > 1:  # torch.compile would make graphs of their own for no and one token
+        return _compiled()(logits, vocab_size, labels, label_smoothing)
+    return _cross_entropy(logits, vocab_size, labels, label_smoothing)
+
+
+def _cross_entropy(logits: Tensor, vocab_size: int, labels: Tensor, label_smoothing: float) -> Tensor:
+    logits = logits[:, :vocab_size].float()
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, int, Tensor, float], Tensor]:
+    return torch.compile(_cross_entropy)
 
 
 def linear_cross_entropy(
@@ -36,7 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         known, tokens = labels != IGNORE, len(x)
         ctx.tokens, ctx.rows = tokens, None
-        if x.is_cuda:  # which tokens these are would have to be waited for: the others weigh nothing
+        apart = x.device.type != "cpu"
+        if apart:  # which tokens these are would have to be waited for: the others weigh nothing
             labels = labels.clamp_min(0)
         elif not bool(known.all()):
             ctx.rows = known.nonzero()[:, 0]
@@ -45,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         half = x.dtype != torch.float32
         dx, db = torch.empty_like(x), x.new_zeros(vocab, dtype=torch.float32)
         dw = torch.zeros_like(weight, dtype=torch.float32)
-        held = GPU_LOGITS_BYTES if x.is_cuda else LOGITS_BYTES
+        held = GPU_LOGITS_BYTES if apart else LOGITS_BYTES
         size = max(1, min(len(x), held // (4 * vocab)))
         losses = x.new_empty(len(x), dtype=torch.float32)
         chunk = x.new_empty(size, vocab)
@@ -66,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if smoothing:
                     grad -= smoothing / vocab
                 grad.scatter_add_(1, label, grad.new_full(label.shape, smoothing - 1))
-                if x.is_cuda:
+                if apart:
                     grad *= known[first : first + size, None]
                 if bias is not None:
                     db += grad.sum(0)
@@ -78,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dw.addmm_(grad.t(), part)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(dx, dw, None if bias is None else db)
-        return (losses * known).sum() if x.is_cuda else losses.sum()
+        return (losses * known).sum() if apart else losses.sum()
 
     @staticmethod
     @once_differentiable

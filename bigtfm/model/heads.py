@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigtfm.config.marks import IGNORE
 from bigtfm.config.sections import ComputeSection, ModelSection, ObjectiveSection
 from bigtfm.model.attention import Documents, by_length, groups_by_length
-from bigtfm.model.cross_entropy import linear_cross_entropy
+from bigtfm.model.cross_entropy import cross_entropy, linear_cross_entropy, path_of
 from bigtfm.model.distillation import Distillation
 from bigtfm.model.layers import Bias, Embedding, Linear, l1_penalty, make_norm
 from bigtfm.model.task_heads import make_head
@@ -74,13 +74,16 @@ class LanguageModel(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Logits [T, V] of features [T, C]; the padded columns are cut off."""
+        return self._padded_logits(x)[:, : self.vocab_size]
+
+    def _padded_logits(self, x: Tensor) -> Tensor:  # [T, C] -> [T, Vp]
         if self.config.logit_scale != 1:
             x = x * self.config.logit_scale
         if self.config.tied_embeddings:
             x = self.embed_tokens(x, project=True)
         if self.lm_head is not None:
             x = self.lm_head(x)
-        return x[:, : self.vocab_size]  # [T, Vp] -> [T, V]
+        return x
 
     def loss(
         self, x: Tensor, labels: Tensor, l1_scale: float | None, documents: Documents
@@ -99,21 +102,20 @@ class LanguageModel(nn.Module):
             loss_sum, count = self.task_head.loss(x, labels, documents, smoothing)
         elif self.training and self.distillation is not None:
             loss_sum = self.distillation.loss(self.project(x), labels, smoothing)
-        elif self._in_chunks(x):
-            loss_sum = self._fused_loss(x, labels, smoothing)
         else:
-            logits = self.project(x).float()
-            loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+            loss_sum = self._vocabulary_loss(x, labels, smoothing)
         if self.training and self.objective.l1:
             assert l1_scale is not None, "with l1, the caller must say how much of it belongs to this forward"
             penalty = l1_penalty(self) * (self.objective.l1 * l1_scale)
             loss_sum = loss_sum + (penalty - penalty.detach())
         return loss_sum, count
 
-    def _in_chunks(self, x: Tensor) -> bool:
-        if self.compute.loss == "auto":
-            return x.device.type == "cpu" and x.dtype == torch.float32
-        return self.compute.loss == "chunked" and x.dtype != torch.float16  # check.py refuses it
+    def _vocabulary_loss(self, x: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        path = path_of(self.compute.loss, x, self.vocab_size)
+        if path == "chunked":
+            return self._fused_loss(x, labels, smoothing)
+        compiled = path == "compiled"
+        return cross_entropy(self._padded_logits(x), self.vocab_size, labels, smoothing, compiled=compiled)
 
     def _fused_loss(self, x: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """The sum of the token losses without `project`'s logits."""

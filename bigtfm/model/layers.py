@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,13 @@ OutputLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of features, a
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W [out, in]."""
+    """y = x W^T + b, W [out, in]. `product` computes it, if it is set (bigtfm.model.float8)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.product: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor | None, loss: OutputLoss | None = None) -> Tensor:
         """[T, in] -> [T, out]; None: the sum of |W|, an fp32 scalar (see `l1_penalty`).
@@ -36,6 +38,8 @@ class Linear(nn.Module):
         """
         if x is None:
             return magnitude(self.weight)
+        if self.product is not None and loss is None:
+            return self.product(x)
         return F.linear(x, self.weight, self.bias) if loss is None else loss(x, self.weight, self.bias)
 
 
@@ -99,16 +103,21 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; torch accumulates in fp32."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019); torch accumulates in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
 
     def __init__(self, features: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernel = eps, rms_norm
         self.weight = nn.Parameter(torch.empty(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.kernel(x, self.weight, self.eps)
 
 
 def make_norm(config: ModelSection) -> LayerNorm | RMSNorm:
@@ -134,6 +143,12 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def gate(gate_up: Tensor, activation: Callable[..., Tensor]) -> Tensor:
+    """activation(gate) * up of both side by side [T, 2 F] -> [T, F]."""
+    first, up = gate_up.chunk(2, dim=-1)
+    return activation(first) * up
+
+
 class FeedForward(nn.Module):
     """down(activation(up(x))); gated: down(activation(gate) * up), both in one product (Shazeer 2020)."""
 
@@ -141,6 +156,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden, width = config.hidden_size, config.ffn_size
         self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
+        self.activate: Callable[[Tensor], Tensor] = partial(gate, activation=self.activation)
         if self.gated:
             self.gate_up = Linear(hidden, 2 * width, config.bias)
         else:
@@ -148,11 +164,7 @@ class FeedForward(nn.Module):
         self.down = Linear(width, hidden, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, C] -> [T, C]
-        if self.gated:
-            gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, F] each
-            x = self.activation(gate) * up
-        else:
-            x = self.activation(self.up(x))
+        x = self.activate(self.gate_up(x)) if self.gated else self.activation(self.up(x))
         out: Tensor = self.down(x)
         return out
 
@@ -186,6 +198,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (i, i + D/2) of each head of `x` [T, H, D] by their angles, computed in fp32."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotated(qk: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [T, H, D] and keys [T, K, D], turned, of both side by side [T, H + K, D]."""
+    q, k = rotate(qk, cos, sin).split([heads, qk.shape[1] - heads], dim=1)
+    return q, k
 
 
 def sinusoids(position_ids: Tensor, features: int) -> Tensor:

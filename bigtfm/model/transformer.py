@@ -28,7 +28,7 @@ from bigtfm.model.layers import (
     RMSNorm,
     make_norm,
     rotary_angles,
-    rotate,
+    rotated,
     sinusoids,
 )
 from bigtfm.model.randomness import dropout, normal, stream_key, token_words
@@ -100,6 +100,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelSection, index: int, causal: bool, backend: Any) -> None:
         super().__init__()
         self.config, self.index, self.causal, self.backend = config, index, causal, backend
+        self.rotated = rotated
         self.heads, self.kv_heads, self.head_size = (
             config.num_attention_heads,
             config.kv_heads,
@@ -117,7 +118,7 @@ class SelfAttention(nn.Module):
         angles = packed.angles if self.window is None else packed.local_angles
         if angles is not None:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-            q, k = rotate(qk, *angles).split([self.heads, self.kv_heads], dim=1)
+            q, k = self.rotated(qk, self.heads, *angles)
         else:
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         out: Tensor = self.out(self.attend(q, k, v, packed).flatten(1))

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bigtfm.config.sections import GPU_LOGITS_BYTES, HEADED, LOGITS_BYTES, ModelSection, ObjectiveSection
+from bigtfm.config.loss_path import GPU_LOGITS_BYTES, LOGITS_BYTES, LossPath
+from bigtfm.config.sections import HEADED, ModelSection, ObjectiveSection
 from bigtfm.planner.parameters import Parameter, block_parameters, parameters_of
 
 
@@ -94,7 +95,7 @@ class Shapes:
     groups_by_length: bool  # attention: torch's SDPA, a call for each run of documents of equal length
     recompute: str | int
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
-    loss: str = "auto"  # as compute.loss
+    loss: LossPath = "whole"
 
 
 def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
@@ -112,25 +113,19 @@ def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
     return found
 
 
-def fused_loss(shapes: Shapes) -> bool:
-    """Whether output layer and loss are one function that holds few logits at a time."""
-    if shapes.loss == "auto":
-        return shapes.on_cpu and shapes.value_bytes == 4
-    return shapes.loss == "chunked"
-
-
 def loss_bytes(shapes: Shapes, batch: Batch) -> tuple[int, int]:
     """(kept between forward and backward, the most at a time) of logits and cross-entropy.
 
-    fp32 log-probabilities are kept; beside them stand, in the forward, the logits (in 16 bits in both types),
-    in the backward the gradients of log-probabilities and of logits. In chunks the gradients of features and
-    of the output layer are kept, the latter in fp32 (bigtfm/model/cross_entropy.py), few logits made at a
-    time.
+    Whole: fp32 log-probabilities are kept; beside them stand, in the forward, the logits (in 16 bits in both
+    types), in the backward the gradients of log-probabilities and of logits. Compiled: the logits are kept as
+    the product made them, with two fp32 numbers a row, and get their gradient beside them. In chunks: the
+    gradients of features and of the output layer are kept, the latter in fp32
+    (bigtfm/model/cross_entropy.py), few logits made at a time.
     """
     if shapes.objective.kind in HEADED:  # of every token at most, and to all of it its gradient
         kept = 4 * batch.tokens * (shapes.model.num_labels or 2)
         return kept, 2 * kept
-    if fused_loss(shapes):
+    if shapes.loss == "chunked":
         bias = 4 * shapes.vocab_size * shapes.model.head_bias
         hidden, vocab, size = shapes.model.hidden_size, shapes.vocab_size, shapes.value_bytes
         kept = (size * batch.labelled + 4 * vocab) * hidden + bias
@@ -140,6 +135,9 @@ def loss_bytes(shapes: Shapes, batch: Batch) -> tuple[int, int]:
         return kept, kept + chunk
     rows = batch.labelled
     one, padded = 4 * rows * shapes.vocab_size, rows * shapes.model.padded_vocab_size(shapes.vocab_size)
+    if shapes.loss == "compiled":
+        kept = padded * shapes.value_bytes + 8 * rows
+        return kept, kept + padded * shapes.value_bytes
     forward = one + padded * shapes.value_bytes + (one if shapes.value_bytes == 2 else 0)
     if shapes.model.head_bias:
         forward += padded * shapes.value_bytes
@@ -176,7 +174,7 @@ def _stack(shapes: Shapes, batch: Batch, side: str, tokens: int, layers: int) ->
     weights = tuple(p for p in every if p.name.startswith(f"{side}.norm."))
     ops = [_norm(shapes, "norm", tokens, stream)] if model.norm_order == "pre" else []
     # A bert's head takes the labelled rows out; else the product with the vocabulary, or a decoder, keeps it.
-    spared = model.family == "bert" or (side == "decoder" and fused_loss(shapes))
+    spared = model.family == "bert" or (side == "decoder" and shapes.loss == "chunked")
     ops.append(Op("output", keeps=0 if spared else stream, needs=stream, leaves=stream))
     yield Segment(f"{side} output", tuple(ops), weights=weights)
 
@@ -298,7 +296,7 @@ def _masked_head(shapes: Shapes, batch: Batch) -> Segment:
     rows = batch.labelled * model.hidden_size * shapes.value_bytes
     stream = batch.tokens * model.hidden_size * shapes.value_bytes
     weights = tuple(p for p in parameters_of(model, shapes.vocab_size) if p.name.startswith("mlm_head."))
-    output = 0 if fused_loss(shapes) else rows
+    output = 0 if shapes.loss == "chunked" else rows
     ops = (
         Op("labelled", keeps=rows, needs=stream, leaves=stream),
         Op("dense", needs=rows, leaves=rows, owns=(".dense.",)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigtfm.planner.activations import Segment, fused_loss, loss_bytes, segments
+from bigtfm.planner.activations import Segment, loss_bytes, segments
 from bigtfm.planner.parameters import MOMENTS, Parameter
 from bigtfm.planner.setting import BYTES, Setting
 
@@ -286,11 +286,12 @@ class _Step:
         model, size = setting.model, self.size
         rows, padded = batch.labelled, setting.model.padded_vocab_size(setting.vocab_size)
         one, product = 4 * rows * setting.vocab_size, size * rows * padded
-        if fused_loss(setting.shapes):
+        path = setting.shapes.loss
+        if path == "chunked":
             product = 0
-        elif size == 2:
+        if path == "whole" and size == 2:
             self._look("loss", logits=one + one // 2)
-        if padded != setting.vocab_size:
+        if path == "whole" and padded != setting.vocab_size:
             self._look("loss", logits=2 * product)
         weight = padded * model.hidden_size * size
         features = rows * model.hidden_size * size

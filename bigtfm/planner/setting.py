@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from bigtfm.config.deepspeed import DeepSpeedConfig, acting_stage
+from bigtfm.config.loss_path import LossPath, loss_path
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.planner.activations import Batch, Shapes, batch_of
+from bigtfm.planner.hardware import device_of
 from bigtfm.planner.parameters import Parameter, parameters_of
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -37,7 +40,7 @@ class Setting:
     attention: str  # the backend's name
     device: str  # "cpu", or a GPU's name
     runs: int = 2  # of documents of equal length in a micro batch, at most
-    loss: str = "auto"  # as compute.loss
+    loss: Literal["auto"] | LossPath = "auto"  # as compute.loss
 
     @property
     def on_cpu(self) -> bool:
@@ -69,6 +72,14 @@ class Setting:
     @cached_property
     def shapes(self) -> Shapes:
         grouped = self.attention == "reference" or self.attention.startswith("sdpa")
+        device = device_of(self.device)
+        path = loss_path(
+            self.loss,
+            value_bytes=self.value_bytes,
+            fp16=self.precision == "fp16",
+            logits=self.batch.labelled * self.vocab_size,
+            memory=None if self.on_cpu else device.memory if device else sys.maxsize,
+        )
         return Shapes(
             self.model,
             self.vocab_size,
@@ -77,7 +88,7 @@ class Setting:
             grouped,
             self.recompute,
             self.objective,
-            self.loss,
+            path,
         )
 
     @cached_property

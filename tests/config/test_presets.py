@@ -184,6 +184,12 @@ def test_epochs() -> None:
             },
             "buffer_size 1000 is less than",
         ),
+        (["fp8=rowwise"], {}, "the weights that stage 3 gathers until the backward pass"),
+        (
+            ["fp8=rowwise", "recompute=full", "ffn_hidden_size=200"],
+            {},
+            "compute.fp8 takes matrices whose sides are multiples of 16, and the model has one of 192 x 200",
+        ),
         (["steps=20"], {"train_batch_size": 18}, "train_batch_size 18 is not 4 x an accumulation x 2 ranks"),
     ],
 )

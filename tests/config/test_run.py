@@ -141,6 +141,7 @@ def test_every_field_says_what_it_is() -> None:
         (["mask_fraction=0.5"], "objective.mask_fraction does nothing for causal_lm"),
         (["attention_dropout=0.1", "attention=sdpa"], "can't drop attention weights"),
         (["compile_blocks=true", "recompute=selective"], "can't look into compiled blocks"),
+        (["compile_blocks=true", "kernels=liger"], "liger has nothing to do in compiled blocks"),
         (["stream=hf:wiki", "workers=2"], "set data.workers to 0"),
         (
             [

@@ -89,6 +89,15 @@ def test_compiled_blocks_give_the_same_losses(
         assert curve == pytest.approx(curves[cell], abs=1e-5), cell
 
 
+@pytest.mark.slow
+def test_a_compiled_loss_gives_the_same_losses(
+    tmp_path: Path, tiny_data: Path, curves: dict[Cell, list[float]]
+) -> None:
+    cells = [("gpt", 0, "none"), ("bert", 1, "none"), ("encoder_decoder", 2, "full"), ("gpt", 3, "selective")]
+    for cell, curve in train_cells(tmp_path, tiny_data, cells, "compute.loss=compiled").items():
+        assert curve == pytest.approx(curves[cell], abs=1e-5), cell
+
+
 def test_a_step_without_labels_has_no_loss_and_moves_nothing(tmp_path: Path, tiny_data: Path) -> None:
     """One token in 250 is hidden, so some steps have none; the curve still does not depend on the split."""
     content = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "train_batch_size": 8}

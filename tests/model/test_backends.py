@@ -16,6 +16,8 @@ from bigtfm.model.backends import (
     Device,
     Needs,
     choose,
+    choose_kernels,
+    has_liger,
     installed_kernels,
     needs_of,
     obstacle,
@@ -226,3 +228,54 @@ def test_choosing_imports_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+LLAMA = ModelSection()
+GPT2 = ModelSection(norm="layernorm", activation="gelu_tanh", positions="learned")
+
+
+@pytest.mark.parametrize(
+    ("compute", "model", "device", "installed", "expected"),
+    [
+        ({}, LLAMA, H100, True, "liger"),
+        ({}, LLAMA, H100, False, "torch"),
+        ({}, LLAMA, CPU, True, "torch"),
+        ({}, LLAMA, T4, True, "torch"),
+        ({}, GPT2, H100, True, "torch"),
+        ({"compile_blocks": True}, LLAMA, H100, True, "torch"),
+        ({"kernels": "torch"}, LLAMA, H100, True, "torch"),
+        ({"kernels": "liger"}, LLAMA, A100, True, "liger"),
+        ({"kernels": "liger"}, ModelSection(norm="layernorm", activation="gelu"), A100, True, "liger"),
+    ],
+)
+def test_whose_kernels(compute, model, device, installed, expected):
+    chosen = choose_kernels(ComputeSection(**compute), model=model, device=device, installed=installed)
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "installed", "said", "fix"),
+    [
+        (LLAMA, CPU, True, "an Ampere GPU or later (SM80), and this is CPU", "set compute.kernels to auto"),
+        (GPT2, H100, True, "no RMSNorm, SwiGLU or rotary positions", "set compute.kernels to auto"),
+        (LLAMA, H100, False, "is not installed", "or pip install 'bigtfm[liger]'"),
+    ],
+)
+def test_liger_where_it_can_not_serve(model, device, installed, said, fix):
+    with pytest.raises(ConfigProblem) as caught:
+        choose_kernels(ComputeSection(kernels="liger"), model=model, device=device, installed=installed)
+    assert said in caught.value.what
+    assert fix in caught.value.fix
+
+
+def test_an_old_liger_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert not has_liger()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: spec)
+    (tmp_path / "ops").mkdir()
+    file = tmp_path / "ops/swiglu.py"
+    file.write_text("class LigerSiLUMulFunction: ...")
+    assert not has_liger()
+    file.write_text("class LigerFusedGateUpSiLUMulFunction: ...")
+    assert has_liger()

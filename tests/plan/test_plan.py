@@ -53,7 +53,9 @@ def test_what_does_not_fit_says_so_and_a_search_finds_what_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = [ROOT / "configs/llama_8b.toml", ROOT / "ds_configs/zero3_bf16.json"]
-    shape = ["data.path=nowhere", "model.vocab_size=128256"]
+    shape = ["data.path=nowhere", "model.vocab_size=128256", "compute.loss=whole"]
+    assert show(*job, shape[:2], **PLACE), "in chunks the logits fit"
+    capsys.readouterr()
     assert not show(*job, shape, **PLACE)
     assert "does NOT fit" in capsys.readouterr().out
     found = tmp_path / "found.json"
