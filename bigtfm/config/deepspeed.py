@@ -78,7 +78,7 @@ class DeepSpeedConfig:
 
     @property
     def optimizer_type(self) -> str:
-        """AdamW, Adam, Adagrad, SGD, Lamb, Lion or Muon, however it is capitalised in the file."""
+        """AdamW, Adam, Adagrad, SGD, Lamb, Lars, Lion or Muon, however it is capitalised in the file."""
         return canonical(self.values["optimizer"]["type"], OPTIMIZERS)
 
     @property

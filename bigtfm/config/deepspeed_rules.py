@@ -18,6 +18,7 @@ OWN_LR = {  # schedulers that ignore optimizer.params.lr: the parameter that the
     "LRRangeTest": "lr_range_test_min_lr",
 }
 MOST_SEQUENCES = 2**31
+LAYER_WISE = ("Lamb", "Lars")  # a trust ratio of whole weights
 ELEMENT_WISE = ("SGD", "Lion")  # not on DeepSpeed's list of optimizers for ZeRO, and exact on any shard
 
 
@@ -140,8 +141,8 @@ RULES = (
     ),
     Rule(
         "optimizer.type",
-        lambda c: c.optimizer_type == "Lamb" and c.zero_stage > 0,
-        "Lamb's trust ratio would be taken over a GPU's share of the weights, which changes the loss",
+        lambda c: c.optimizer_type in LAYER_WISE and c.zero_stage > 0,
+        "Lamb's and Lars's trust ratio would be of a GPU's share of the weights, which changes the loss",
         "use zero_optimization.stage 0, or AdamW",
     ),
     Rule(

@@ -1,7 +1,7 @@
 """The optimizers and schedulers that a DeepSpeed JSON may name, and their parameters.
 
 Defaults are DeepSpeed's own, stated so that an implementation with others (torch's AdamW decays by 0.01)
-gives the same update. The last three schedulers are bigtfm's.
+gives the same update. Lars and the last four schedulers are bigtfm's.
 """
 
 from __future__ import annotations
@@ -68,6 +68,16 @@ OPTIMIZERS: dict[str, Table] = {
         "min_coeff": only(0.01, "the trust ratio is LAMB's own, without limits to set"),
         "eps_inside_sqrt": only(False, "not every implementation of this optimizer has it"),
         **_PLAIN,
+        **_CLIP,
+    },
+    "Lars": {
+        "lr": _LR,
+        "momentum": number(0, below=1, default=0.9),
+        "dampening": number(0, 1, default=0.0),
+        "weight_decay": _DECAY,
+        "trust_coefficient": number(above=0, high=1e6, default=1e-3),
+        "nesterov": flag(),
+        **_TORCH,
         **_CLIP,
     },
     "Lion": {

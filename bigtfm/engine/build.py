@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from bigtfm.config.deepspeed import acting_stage
+from bigtfm.config.deepspeed_rules import LAYER_WISE
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ComputeSection, TuneSection
 from bigtfm.engine import fragments, schedules
@@ -216,23 +217,29 @@ def _dimensions(parameter: nn.Parameter) -> int:
 def _own_optimizer(config: dict[str, Any], on_cpu: bool) -> partial[torch.optim.Optimizer] | None:
     """What DeepSpeed would not build here, from torch code; else None.
 
-    On a CPU it compiles its Adam for minutes and has no Lion. Its Lamb needs fp16 and is none on a CPU.
+    On a CPU it compiles its Adam for minutes and has no Lion. Its Lamb needs fp16 and is none on a CPU. LARS
+    (You et al. 2017, "Large Batch Training of Convolutional Networks") it has nowhere.
     """
     kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
     if kind in ("Adam", "AdamW", "Muon") and on_cpu:
         params.setdefault("torch_adam", True)
         if kind != "Muon" and params["torch_adam"]:
             params.setdefault("fused", True)  # one pass over the weights; torch's default makes about ten
-    if kind != "Lamb" and not (kind == "Lion" and on_cpu):
+    if kind not in LAYER_WISE and not (kind == "Lion" and on_cpu):
         return None
     import pytorch_optimizer
 
     del config["optimizer"]
+    if kind == "Lars":
+        return partial(pytorch_optimizer.LARS, **params)
     known = {name: params[name] for name in ("lr", "betas", "eps", "weight_decay") if name in params}
     if kind == "Lion":
         return partial(pytorch_optimizer.Lion, **known)
+    # As in You et al. 2019, algorithm 2: decay within the trust ratio, and no step that early ones inflate.
     # No norm of its own: clipping is the JSON's gradient_clipping.
-    return partial(pytorch_optimizer.Lamb, max_grad_norm=0.0, **known)
+    return partial(
+        pytorch_optimizer.Lamb, max_grad_norm=0.0, weight_decouple=False, adam_debias=True, **known
+    )
 
 
 def _own_schedule(config: dict[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_STEP_IN_GROUP = {"FusedAdam", "FusedLamb", "FusedLion", "Lamb", "Lion"}
+_STEP_IN_GROUP = {"FusedAdam", "FusedLamb", "FusedLion", "Lamb", "LARS", "Lion"}
 _STEP_IN_STATE = {"DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion"}
 
 

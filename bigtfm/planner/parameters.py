@@ -137,7 +137,12 @@ def _qkv_bias(model: ModelSection) -> bool:
     return model.bias if model.qkv_bias is None else model.qkv_bias
 
 
-MOMENTS = {"SGD": 1, "Lion": 1, "Adagrad": 1}  # fp32 values a parameter that an optimizer keeps; others: 2
+MOMENTS = {
+    "SGD": 1,
+    "Lars": 1,
+    "Lion": 1,
+    "Adagrad": 1,
+}  # fp32 values a parameter that an optimizer keeps; others: 2
 
 
 def checkpoint_bytes(parameters: int, optimizer: str) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bigtfm.config.deepspeed_rules import LAYER_WISE
 from bigtfm.planner.memory import MemoryPlan, plan_memory
 from bigtfm.planner.setting import Setting
 from bigtfm.planner.step_time import Rates, StepPlan, plan_step
@@ -78,7 +79,7 @@ def _makes_sense(setting: Setting, stage: int, offload: dict[str, str]) -> bool:
     """What DeepSpeed allows, and what would do nothing."""
     if setting.on_cpu and offload:
         return False
-    if setting.optimizer == "Lamb" and stage:
+    if setting.optimizer in LAYER_WISE and stage:
         return False
     if setting.optimizer == "Muon" and (stage or offload):
         return False

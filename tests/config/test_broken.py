@@ -157,7 +157,8 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         "DeepSpeed raises on it at stage 0",
     ),
     ({"bf16": {"enabled": True}, "communication_data_type": "fp16"}, "communication_data_type: gradients"),
-    ({"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}}, "Lamb's trust ratio"),
+    ({"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}}, "Lamb's and Lars's trust ratio"),
+    ({"optimizer": {"type": "Lars", "params": {"lr": 1.0}}}, "Lamb's and Lars's trust ratio"),
     ({"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}, "unset, gradient_clipping is 1.0"),
     (
         {

@@ -132,6 +132,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "SGD": ({"lr": 0.1, "momentum": 0.9}, [0, 1, 2, 3]),
     "Lion": ({"lr": 3e-4, "weight_decay": 0.1}, [0, 1, 2, 3]),
     "Lamb": ({"lr": 1e-2}, [0, 0]),
+    "Lars": ({"lr": 10.0, "weight_decay": 1e-4}, [0, 0]),
     "Muon": ({"lr": 1e-2}, [0, 3, 0, 3]),
 }
 
