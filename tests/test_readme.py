@@ -72,6 +72,10 @@ RUN = {
     "--gpu cpu --search --write found.json": AS_IT_STANDS,
     "bigtfm lr-range --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml --out "
     "runs/lr-range": "{} --steps 20 --min-lr 1e-4",
+    "bigtfm noise-scale --run runs/mine": "{} --batches 4 --micro-batch 2",
+    "bigtfm check --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
+    "rampup_sizes=4,8 rampup_steps=100,100": AS_IT_STANDS,
+    "bigtfm lr-scale --deepspeed_config ds_configs/zero2_fp32.json --batch 64 --out large.json": AS_IT_STANDS,
     "bigtfm doctor": "{} || test $? = 1",  # whatever is wrong with this machine
     "bigtfm doctor --run runs/mine": AS_IT_STANDS,
     "bigtfm export runs/mine best.safetensors --best --dtype bf16": AS_IT_STANDS,
@@ -114,6 +118,11 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "torchrun --nproc_per_node 8 --no-python bigtfm evaluate --run runs/translation --data newstest.jsonl": (
         "is an example; tests/integration/test_tasks.py evaluates as two ranks"
     ),
+    "torchrun --nproc_per_node 8 --no-python bigtfm noise-scale --run runs/mine --batches 512": (
+        "is an example; tests/large_batch/ measures as two ranks"
+    ),
+    "deepspeed --num_gpus 8 launch/train.py --deepspeed_config ds_configs/large_batch_lamb.json --config "
+    "configs/bert_110m.toml data.seq_len=128": "needs eight GPUs and BERT's data",
     "bigtfm import-hf openai-community/gpt2 runs/gpt2": "downloads from the Hugging Face hub",
     "bigtfm prepare --tokenizer runs/gpt2/tokenizer --out data/mine --input my.txt": "needs that import",
     "bigtfm train --deepspeed_config ds_configs/zero2_bf16.json --config runs/gpt2/run.toml "

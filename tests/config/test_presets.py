@@ -24,6 +24,7 @@ from bigtfm.planner.parameters import count_parameters
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 PRESETS = sorted((ROOT / "ds_configs").glob("*.json"))
+STAGES = [preset for preset in PRESETS if preset.stem.startswith("zero")]  # the rest are recipes of their own
 PARAMETERS = {  # published counts, with the vocabulary that they belong to
     "gpt_124m": (124_439_808, 50257),
     "gpt_350m": (354_823_168, 50257),
@@ -68,7 +69,7 @@ def test_all_are_there() -> None:
     assert {path.stem for path in CONFIGS} == {"quickstart", *PARAMETERS}
     stages = {f"zero{stage}_{precision}" for stage in range(4) for precision in ("fp32", "bf16", "fp16")}
     offload = {"zero2_offload_cpu_bf16", "zero3_offload_cpu_bf16", "zero3_offload_nvme_bf16"}
-    assert {path.stem for path in PRESETS} == stages | offload
+    assert {path.stem for path in PRESETS} == stages | offload | {"large_batch_lamb"}
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=name)
@@ -85,7 +86,7 @@ def test_every_pair_resolves(config: Path, preset: Path) -> None:
         assert json.loads(resolved.to_json())["parameters"] == resolved.parameters
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=name)
+@pytest.mark.parametrize("preset", STAGES, ids=name)
 def test_a_preset_is_what_its_name_says(preset: Path) -> None:
     deepspeed = load_deepspeed_json(preset)
     stage, *offload, precision = preset.stem.split("_")
@@ -99,7 +100,7 @@ def test_a_preset_is_what_its_name_says(preset: Path) -> None:
 def test_presets_of_one_precision_are_one_recipe() -> None:
     """Only sharding, offload and precision differ: that is what the same loss at every stage is about."""
     recipes: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for preset in PRESETS:
+    for preset in STAGES:
         deepspeed = load_deepspeed_json(preset)
         recipe = {
             key: deepspeed.values[key]
