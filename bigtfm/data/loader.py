@@ -51,6 +51,9 @@ class Batch:
     samples: tuple[int, ...]  # ids of the samples, in order
     token_type_ids: torch.Tensor | None = None  # [T] int64: 0 sentence A, 1 sentence B
     next_sentence_labels: torch.Tensor | None = None  # [N] int64: 0 B follows A, 1 it does not, -100 no pair
+    labelled: torch.Tensor | None = (
+        None  # [M] int64, places of the labels: no device is asked for their number
+    )
     decoder_input_ids: torch.Tensor | None = None  # [U] int64
     decoder_position_ids: torch.Tensor | None = None  # [U] int64
     decoder_cu_seqlens: torch.Tensor | None = None  # [N + 1] int32
@@ -121,6 +124,8 @@ class Loader:
         if made.token_type_ids is not None and made.next_sentence_labels is not None:
             fields["token_type_ids"] = torch.from_numpy(made.token_type_ids)
             fields["next_sentence_labels"] = torch.from_numpy(made.next_sentence_labels)
+        if made.labelled is not None:
+            fields["labelled"] = torch.from_numpy(made.labelled)
         if made.decoder_input_ids is not None:
             fields["decoder_input_ids"] = torch.from_numpy(made.decoder_input_ids)
             decoder = _packed(samples, made.decoder_seq_lens, stretch=2)

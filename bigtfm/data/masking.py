@@ -51,6 +51,7 @@ def masked_lm(samples: Samples, *, options: ObjectiveSection, special: SpecialId
         tokens,
         labels,
         len(chosen),
+        labelled=chosen,
         token_type_ids=token_types,
         next_sentence_labels=next_sentence_labels,
     )

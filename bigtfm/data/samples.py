@@ -59,6 +59,9 @@ class Examples(NamedTuple):
     token_type_ids: NDArray[np.int64] | None = None  # [T]
     next_sentence_labels: NDArray[np.int64] | None = None  # [N]
     decoder_input_ids: NDArray[np.int64] | None = None  # [U]
+    labelled: NDArray[np.int64] | None = (
+        None  # [M], places of the labels, for a model that asks about them alone
+    )
     decoder_seq_lens: NDArray[np.int64] | None = None  # [N], at most twice the segments' lengths
 
 

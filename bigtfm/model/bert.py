@@ -5,6 +5,7 @@ N documents, T tokens of all documents together, M of them labelled, C features,
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class BERT(LanguageModel):
         token_keys: Tensor | None = None,  # [T] int64, what dropout depends on; needed where it acts
         token_type_ids: Tensor | None = None,  # [T] int64: 0 sentence A, 1 sentence B; None: all 0
         next_sentence_labels: Tensor | None = None,  # [N] int64: 0 B follows A, 1 it does not, -100 no pair
+        labelled: Tensor | None = None,  # [M] int64, places of the labels; None: a GPU is waited for to tell
         l1_scale: float | None = None,  # see `loss`
     ) -> tuple[Tensor, Tensor]:
         """(sum of the token losses in nats, fp32 scalar; number of token labels, int64 scalar).
@@ -47,10 +49,11 @@ class BERT(LanguageModel):
         if next_sentence_labels is not None and self.next_sentence is not None:
             pairs = labels.new_full(labels.shape, IGNORE)  # at the first token of each document
             pairs[cu_seqlens[:-1].long()] = next_sentence_labels
-        (documents,), ((input_ids, labels, position_ids, token_keys, token_type_ids, pairs),) = (
+        places = None if labelled is None else torch.arange(len(labels), device=labels.device)
+        (documents,), ((input_ids, labels, position_ids, token_keys, token_type_ids, pairs, places),) = (
             self.in_good_order(
                 [Documents(cu_seqlens, seq_lens)],
-                [input_ids, labels, position_ids, token_keys, token_type_ids, pairs],
+                [input_ids, labels, position_ids, token_keys, token_type_ids, pairs, places],
             )
         )
         with self.stack_gradients():
@@ -59,7 +62,11 @@ class BERT(LanguageModel):
             )
         if self.mlm_head is None:
             return self.loss(x, labels, l1_scale, documents)
-        labelled = (labels != IGNORE).nonzero()[:, 0]  # [M]: the vocabulary is not asked about the others
+        if labelled is None or places is None:
+            labelled = (labels != IGNORE).nonzero()[:, 0]
+        else:
+            labelled = places.argsort()[labelled]  # where the documents' order has put them
+        # [M]: the vocabulary is not asked about the others
         loss_sum, count = self.loss(self.mlm_head(x[labelled]), labels[labelled], l1_scale, documents)
         if pairs is not None and self.next_sentence is not None:
             first = documents.cu_seqlens[:-1].long()

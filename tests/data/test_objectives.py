@@ -218,6 +218,8 @@ def oracle(loader, kind, options, batch, first):
 
 def as_lists(batch):
     given = batch.model_inputs()
+    if "labelled" in given:
+        assert torch.equal(given.pop("labelled"), (batch.labels != IGNORE).nonzero()[:, 0])
     for name in ("cu_seqlens", "decoder_cu_seqlens"):
         if name in given:
             lengths = given[name.replace("cu_seqlens", "seq_lens")]
@@ -275,6 +277,8 @@ def joined(a, b):
             assert other is None
         elif "cu_seqlens" in name:
             out[name] = torch.cat([value[:-1], other + value[-1]])
+        elif name == "labelled":
+            out[name] = torch.cat([value, other + len(a.labels)])
         else:
             out[name] = torch.cat([value, other]) if isinstance(value, torch.Tensor) else value + other
     return Batch(**out)
@@ -393,8 +397,9 @@ print(test_objectives.digests())
 
 
 def fingerprint(batch):
-    """SHA-256 of all of its fields, in 16 digits."""
-    content = [v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(batch).values()]
+    """SHA-256 of all of its fields, in 16 digits; of labels, their places follow."""
+    fields = [value for name, value in vars(batch).items() if name != "labelled"]
+    content = [v.tolist() if isinstance(v, torch.Tensor) else v for v in fields]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
@@ -672,8 +677,8 @@ def test_model_inputs_are_the_contract():
     base = {"input_ids", "labels", "position_ids", "cu_seqlens", "seq_lens", "token_keys"}
     names = ("input_ids", "position_ids", "cu_seqlens", "seq_lens", "token_keys")
     decoder = {f"decoder_{name}" for name in names}
-    pairs = {"token_type_ids", "next_sentence_labels"}
-    extra = {"pairs": pairs, "span_corruption": decoder, "infilling": decoder}
+    pairs = {"token_type_ids", "next_sentence_labels", "labelled"}
+    extra = {"masked_lm": {"labelled"}, "pairs": pairs, "span_corruption": decoder, "infilling": decoder}
     for variant in ("causal_lm", "masked_lm", "pairs", "span_corruption", "infilling"):
         batch = make_loader(random_split(), 64, variant).batch(0, 3)
         assert set(batch.model_inputs()) == base | extra.get(variant, set())

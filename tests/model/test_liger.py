@@ -16,13 +16,11 @@ from small_models import assert_same, batch, gradients, make
 
 from bigtfm.model import layers, liger
 
-ON_GPU = torch.cuda.is_available()
+ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("liger_kernel") is None
-    or not (ON_GPU or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Liger Kernel, and a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+if importlib.util.find_spec("liger_kernel") is None:
+    pytest.skip("needs Liger Kernel", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
