@@ -1,11 +1,16 @@
 """Each task on real data, test-sized: what two CPU cores learn in under three minutes, beside its baseline.
 
-    python benchmarks/bench_tasks.py [TASK]... [--out FOLDER] [--seeds 1] [--json]
+    python benchmarks/bench_tasks.py [TASK]... [--out FOLDER] [--seeds 1] [--results FILE.jsonl]
     python benchmarks/bench_tasks.py pretraining --seeds 3
+    python benchmarks/bench_tasks.py --table FILE.jsonl
 
 Data: benchmarks/task_data.py. A task is prepared, trained by `bigtfm train` and evaluated on held-out rows by
-`bigtfm evaluate`. pretraining: classification from scratch, and after masked-LM pretraining on the same texts
-without their labels, both fine-tuned alike; the mean over seeds and its spread.
+`bigtfm evaluate`. pretraining: classification by LABELLED rows, from scratch, and after masked-LM pretraining
+on all texts of the training split, both fine-tuned alike; what they differ by over seeds.
+
+What --out holds is not done again, so a benchmark that was stopped goes on. --results: the rows, a task's
+new one instead of its old. --table: them as docs/tasks.md has them. seconds: of the clock, while training;
+cpu_seconds: of all its processes, on all cores together.
 """
 
 from __future__ import annotations
@@ -13,12 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -31,6 +37,8 @@ BERT = ("model.family=bert", "model.dropout=0.1", "model.hidden_size=128", "mode
 GPT = ("model.family=gpt", "model.hidden_size=128", "model.num_layers=3")
 PAIRS = ("model.family=encoder_decoder", "model.hidden_size=128", "model.num_layers=2", "model.dropout=0.1")
 HEADS = "model.num_attention_heads=4"
+LABELLED = 500  # rows that pretraining is fine-tuned on
+TEXT = ("language_modelling", "masked_lm")  # learnt from text, not from rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Recipe:
     """A task, test-sized."""
 
     task: str
+    data: str  # for readers
+    metrics: tuple[str, ...]  # that the table shows, the main one first
     objective: str
     max_tokens: int
     vocab_size: int
@@ -51,13 +61,25 @@ class Recipe:
 RECIPES = {
     recipe.task: recipe
     for recipe in (
-        Recipe("classification", "classification", 64, 4096, 250, 32, 1e-3, BERT),
-        Recipe("tagging", "tagging", 128, 1024, 150, 8, 1e-3, BERT),
-        Recipe("question_answering", "question_answering", 128, 1024, 200, 8, 1e-3, BERT),
-        Recipe("translation", "sequence_to_sequence", 128, 2048, 400, 32, 2e-3,
-               (*PAIRS, "objective.label_smoothing=0.1"), ("--max-new-tokens", "60")),
-        Recipe("summarisation", "completion", 256, 4096, 200, 8, 2e-3, GPT, ("--max-new-tokens", "40")),
-        Recipe("chat", "completion", 64, 2048, 250, 16, 2e-3, GPT, ("--max-new-tokens", "40")),
+        Recipe("classification", "movie reviews", ("accuracy",), "classification", 64, 4096, 250, 32, 1e-3,
+               BERT),
+        Recipe("tagging", "sentences of CoNLL-2003's format", ("f1",), "tagging", 128, 1024, 150, 8, 1e-3,
+               BERT),
+        Recipe("relation_extraction", "WordNet's links in its glosses", ("f1",), "classification", 64, 4096,
+               250, 32, 1e-3, BERT),
+        Recipe("question_answering", "questions on entities", ("f1", "exact_match"), "question_answering",
+               128, 1024, 200, 8, 1e-3, BERT),
+        Recipe("translation", "LibreOffice's texts, English to French", ("bleu", "chrf", "bits_per_byte"),
+               "sequence_to_sequence", 64, 2048, 600, 32, 3e-3, (*PAIRS, "objective.label_smoothing=0.1"),
+               ("--max-new-tokens", "40")),
+        Recipe("summarisation", "descriptions of Debian's packages", ("rougeLsum", "bits_per_byte"),
+               "completion", 128, 4096, 500, 16, 3e-3, GPT, ("--max-new-tokens", "24")),
+        Recipe("chat", "alpaca, identity, glaive", ("bits_per_byte", "chrf"), "completion", 256, 2048, 400, 8,
+               2e-3, (*GPT, "model.dropout=0.1"), ("--max-new-tokens", "100", "--num-beams", "1")),
+        Recipe("language_modelling", "addresses", ("bits_per_byte",), "causal_lm", 128, 2048, 400, 16, 2e-3,
+               GPT),
+        Recipe("masked_lm", "addresses", ("accuracy", "perplexity"), "masked_lm", 128, 2048, 400, 16, 2e-3,
+               BERT),
     )
 }  # fmt: skip
 
@@ -83,113 +105,153 @@ def deepspeed_json(folder: Path, recipe: Recipe) -> str:
     return str(path)
 
 
-def prepare(folder: Path, recipe: Recipe) -> Path:
+def prepare(folder: Path, recipe: Recipe, rows: Path | None = None, *more: str) -> Path:
+    """Its data set, of the rows or else of all; returns the rows that are held out."""
     write(recipe.task, folder / "rows")
-    rows = folder / "rows" / recipe.task
-    bigtfm(
-        "prepare", "--task", recipe.task, "--input", str(rows / "train.jsonl"),
-        "--out", f"data/{recipe.task}",
-        "--max-tokens", str(recipe.max_tokens), "--vocab-size", str(recipe.vocab_size), folder=folder,
-    )  # fmt: skip
-    return rows / "test.jsonl"
+    found = folder / "rows" / recipe.task
+    out = f"data/{recipe.task}{'' if rows is None else '-' + rows.stem}"
+    if not (folder / out / "dataset.json").is_file():
+        task = () if recipe.task in TEXT else ("--task", recipe.task, "--max-tokens", str(recipe.max_tokens))
+        vocabulary = more or ("--vocab-size", str(recipe.vocab_size))
+        rows = rows or found / "train.jsonl"
+        bigtfm("prepare", *task, "--input", str(rows), "--out", out, *vocabulary, folder=folder)
+    return found / "test.jsonl"
 
 
-def train(folder: Path, recipe: Recipe, name: str, *overrides: str) -> float:
-    """Trains a run; returns its seconds."""
-    began = time.monotonic()
+def train(folder: Path, recipe: Recipe, name: str, *overrides: str) -> dict[str, float]:
+    """Trains a run; returns its seconds, those of the clock and of all cores."""
+    began, used = time.monotonic(), _used()
+    packing = () if recipe.task in TEXT else ("data.packing=best_fit",)
     bigtfm(
         "train", "--deepspeed_config", deepspeed_json(folder, recipe), *recipe.model, HEADS,
         f"model.max_seq_len={recipe.max_tokens}", f"objective.kind={recipe.objective}",
-        f"data.path=data/{recipe.task}", "data.packing=best_fit", f"run.name={name}", "track.mlflow=false",
+        f"data.path=data/{recipe.task}", *packing, f"run.name={name}", "track.mlflow=false",
         "save.every=0", f"eval.every={recipe.steps}", *overrides, folder=folder,
     )  # fmt: skip
-    return time.monotonic() - began
+    return {"seconds": time.monotonic() - began, "cpu_seconds": _used() - used}
 
 
-def evaluate(folder: Path, recipe: Recipe, name: str, held_out: Path) -> dict[str, Any]:
-    found = bigtfm(
-        "evaluate",
-        "--run",
-        f"runs/{name}",
-        "--data",
-        str(held_out),
-        "--json",
-        *recipe.evaluate,
-        folder=folder,
-    )
-    return dict(json.loads(found))
+def _used() -> float:
+    """User and system seconds of the processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def learn(folder: Path, recipe: Recipe, name: str, held_out: Path, *overrides: str) -> dict[str, Any]:
+    """Trains and evaluates, unless that has been done."""
+    kept = folder / "found" / f"{name}.json"
+    if not kept.is_file():
+        times = train(folder, recipe, name, *overrides)
+        arguments = ("evaluate", "--run", f"runs/{name}", "--data", str(held_out), "--json")
+        found = json.loads(bigtfm(*arguments, *recipe.evaluate, folder=folder))
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(found | times | environment_row()))
+    return dict(json.loads(kept.read_text()))
 
 
 def measure(folder: Path, recipe: Recipe, seeds: int) -> dict[str, Any]:
-    """One task: its metrics, of the last seed with interval; the main one's mean and spread over seeds."""
-    held_out, values, seconds = prepare(folder, recipe), [], []
-    for seed in range(seeds):
-        name = f"{recipe.task}-{seed}"
-        seconds.append(train(folder, recipe, name, f"run.seed={seed}"))
-        found = evaluate(folder, recipe, name, held_out)
-        values.append(next(iter(found["metrics"].values())))
+    """One task: its metrics, of the first seed with interval; the main one's mean and spread over seeds."""
+    held_out = prepare(folder, recipe)
+    found = [
+        learn(folder, recipe, f"{recipe.task}-{seed}", held_out, f"run.seed={seed}") for seed in range(seeds)
+    ]
+    values = [one["metrics"][recipe.metrics[0]] for one in found]
+    rows = (folder / "rows" / recipe.task / "train.jsonl").read_text().count("\n")
     return {
-        "benchmark": "tasks", **found, "seconds": mean(seconds), "seeds": values,
-        "mean": mean(values), "spread": stdev(values) if seeds > 1 else None,
+        "benchmark": "tasks", "data": recipe.data, "rows": rows, **found[0], "seeds": values,
+        "shown": recipe.metrics, "mean": mean(values), "spread": stdev(values) if seeds > 1 else None,
     }  # fmt: skip
 
 
 def pretraining(folder: Path, seeds: int) -> dict[str, Any]:
     """Accuracy of few labels, from scratch and after masked-LM pretraining on the texts of all."""
-    recipe = RECIPES["classification"]
-    held_out = prepare(folder, recipe)
-    masked = Recipe("classification", "masked_lm", 64, 4096, 600, 32, 2e-3, BERT)
-    train(folder, masked, "pretrained", "data.packing=best_fit")
-    found: dict[str, list[float]] = {"scratch": [], "pretrained": []}
-    for seed in range(seeds):
-        for start, more in (("scratch", ()), ("pretrained", ("run.init_from=runs/pretrained",))):
-            train(folder, recipe, f"{start}-{seed}", f"run.seed={seed}", *more)
-            score = evaluate(folder, recipe, f"{start}-{seed}", held_out)
-            found[start].append(score["metrics"]["accuracy"])
-    return {"benchmark": "tasks", "task": "pretraining", **found}
+    whole = RECIPES["classification"]
+    held_out = prepare(folder, whole)
+    few = folder / "rows/classification/few.jsonl"
+    few.write_text("".join((few.parent / "train.jsonl").read_text().splitlines(True)[:LABELLED]))
+    prepare(folder, whole, few, "--tokenizer", "data/classification/tokenizer")
+    masked = replace(whole, objective="masked_lm", steps=1000, lr=2e-3)
+    kept = folder / "found/pretrained.json"
+    if not kept.is_file():
+        times = train(folder, masked, "pretrained")
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(times))
+    tuned = replace(whole, steps=60, lr=1e-3)
+    row: dict[str, Any] = {"benchmark": "tasks", "task": "pretraining", "labelled": LABELLED}
+    for start, more in (("scratch", ()), ("pretrained", ("run.init_from=runs/pretrained",))):
+        found = [
+            learn(folder, tuned, f"{start}-{seed}", held_out, "data.path=data/classification-few",
+                  f"run.seed={seed}", *more)
+            for seed in range(seeds)
+        ]  # fmt: skip
+        row |= {start: [one["metrics"]["accuracy"] for one in found], **environment_row()}
+        row[f"{start}_cpu_seconds"] = mean(one["cpu_seconds"] for one in found)
+        row["baseline"] = found[0]["baseline"]["accuracy"]
+    row["pretraining_cpu_seconds"] = json.loads(kept.read_text())["cpu_seconds"]
+    differences = [b - a for a, b in zip(row["scratch"], row["pretrained"], strict=True)]
+    return row | {"gain": mean(differences), "spread": stdev(differences) if seeds > 1 else None}
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="tasks, held out")
-    for name in ("task", "metric", "value", "95 % interval", "baseline", "seconds"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as docs/tasks.md has them, in Markdown."""
+    lines = [
+        "| task, data | metric | value | 95 % interval | without a model | training, CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         if row["task"] == "pretraining":
-            for start in ("scratch", "pretrained"):
-                spread = f" +- {stdev(row[start]):.4f}" if len(row[start]) > 1 else ""
-                table.add_row(f"classification, {start}", "accuracy", f"{mean(row[start]):.4f}{spread}")
             continue
-        for name, value in row["metrics"].items():
+        first = (
+            f"{row['task'].replace('_', ' ')}: {row['rows']:,} {row['data']}",
+            f"{row['cpu_seconds']:.0f}",
+        )
+        for name in row["shown"]:
             low, high = row["intervals"][name]
-            cells = [f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{row['baseline'][name]:.4g}"]
-            table.add_row(row["task"], name, *cells, f"{row['seconds']:.0f}")
-    Console(width=None if Console().is_terminal else 110).print(table)
+            without, ends = row["baseline"][name], row["baseline_intervals"][name]
+            cells = [first[0], name.replace("_", " "), _figure(row["metrics"][name])]
+            cells += [f"{_figure(low)} to {_figure(high)}"]
+            cells += [f"{_figure(without)} ({_figure(ends[0])} to {_figure(ends[1])})", first[1]]
+            lines.append(f"| {' | '.join(cells)} |")
+            first = ("", "")
+    return lines
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if value < 9.95 else f"{value:.1f}"
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """The row in the file, instead of the one of its task."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    by_task = {one["task"]: one for one in rows} | {row["task"]: row}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in by_task.values()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tasks", nargs="*", default=[])
+    parser.add_argument("tasks", nargs="*", default=[], choices=[[], *RECIPES, "pretraining"])
     parser.add_argument("--out", type=Path, help="folder for data and runs (default: a temporary one)")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of a task (default 1)")
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    parser.add_argument("--results", type=Path, help="file for the rows (default: printed alone)")
+    parser.add_argument("--table", type=Path, help="print a file's rows as a table, and train nothing")
     given = parser.parse_args()
+    if given.table:
+        print("\n".join(table([json.loads(line) for line in given.table.read_text().splitlines()])))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = (given.out or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
         for name in given.tasks or [*RECIPES, "pretraining"]:
-            row = pretraining(folder, given.seeds) if name == "pretraining" else None
-            row = row or measure(folder, RECIPES[name], given.seeds)
-            rows.append(row | environment_row())
-            if given.json:
-                print(json.dumps(rows[-1]), flush=True)
-    if not given.json:
-        show(rows)
+            if name == "pretraining":
+                row = pretraining(folder, given.seeds)
+            else:
+                row = measure(folder, RECIPES[name], given.seeds)
+            print(json.dumps(row), flush=True)
+            if given.results:
+                keep(given.results, row)
 
 
 if __name__ == "__main__":

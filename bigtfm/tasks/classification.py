@@ -1,8 +1,8 @@
-"""A label of each text, or pair of texts: sentiment, topic, entailment, relations."""
+"""A label of each text, or pair of texts: sentiment, topic, entailment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,13 @@ def labels_of(row: Row) -> list[str]:
     return [text(row, "label")]
 
 
-def predict(predictor: Predictor, rows: Sequence[Row], reader: Reader) -> list[str | None]:
-    """The likeliest label of each row; None of an empty text."""
+def predict(
+    predictor: Predictor,
+    rows: Sequence[Row],
+    reader: Reader,
+    make: Callable[[Row, Reader], list[Example]] = make,
+) -> list[str | None]:
+    """The likeliest label of each row; None of one that makes no example."""
     made = [make(row, reader) for row in rows]
     scores = iter(predictor.scores([example for examples in made for example in examples]))
     place = -1 if predictor.causal else 0

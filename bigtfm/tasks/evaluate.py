@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 
@@ -22,18 +21,22 @@ from bigtfm.data.indexed import TaskHeader
 from bigtfm.data.sources import Reading, Span, find_sources, plan_units
 from bigtfm.data.special import SpecialIds
 from bigtfm.data.tokenizer import Tokenizer
-from bigtfm.model.gpt import GPT
 from bigtfm.model.heads import LanguageModel
 from bigtfm.run_directory import TASK, open_run
-from bigtfm.tasks import language_modelling
+from bigtfm.tasks import language_modelling, likelihood, masked
 from bigtfm.tasks.known import setting_of, task_of
+from bigtfm.tasks.likelihood import Foretold
 from bigtfm.tasks.predictor import Predictor, Step
-from bigtfm.tasks.task import Task, interval
+from bigtfm.tasks.task import Scores, Task, interval
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 UNIT_BYTES = 64 << 20
+TEXT = {  # what a family that has learnt text is measured by
+    "gpt": ("language_modelling", ("perplexity", "bits_per_byte", "loss")),
+    "bert": ("masked_lm", ("accuracy", "perplexity", "loss")),
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Evaluation:
     baseline: Mapping[str, float]  # the metrics of what would be said without a model
     baseline_is: str
     intervals: Mapping[str, tuple[float, float]]  # of 95 %
+    baseline_intervals: Mapping[str, tuple[float, float]]
     predictions: str | None = None  # file of them
 
     def record(self) -> dict[str, Any]:
@@ -73,12 +77,10 @@ def render(found: Evaluation) -> Table:
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
-    if found.baseline:
-        table.add_column(found.baseline_is, justify="right")
+    table.add_column(found.baseline_is, justify="right")
     for name, value in found.metrics.items():
         low, high = found.intervals.get(name, (value, value))
-        cells = [name, f"{value:.4g}", f"{low:.4g} to {high:.4g}"]
-        table.add_row(*cells, *([f"{found.baseline[name]:.4g}"] if found.baseline else []))
+        table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{found.baseline[name]:.4g}")
     return table
 
 
@@ -131,18 +133,38 @@ def evaluate(
     if not found:
         raise DataProblem("no examples", where=", ".join(data), fix="check --data and --column")
     if header is None:
-        scores = language_modelling.score(np.array(found))
-        return Evaluation("language_modelling", len(found), scores.values, {}, "", interval(scores))
+        kind, names = TEXT[model.config.family]
+        return _evaluation(kind, len(found), likelihood.FREQUENCY, [likelihood.both(found, *names)])
     task = task_of(header.name)
-    said, right, rows = zip(*found, strict=True)
+    said, right, rows, written = zip(*found, strict=True)
     if predictions is not None:
         _write(predictions, said, right)
-    scores, (baseline_is, without) = task.score(said, right), task.baseline
-    baseline = task.score(without(rows), right).values
-    return Evaluation(
-        header.name, len(found), scores.values, baseline, baseline_is, interval(scores),
-        None if predictions is None else str(predictions),
-    )  # fmt: skip
+    baseline_is, without = task.baseline
+    scores = [(task.score(said, right), task.score(without(rows), right))]
+    if model.task_head is None:
+        scores.append(likelihood.both(written, "bits_per_byte"))
+        baseline_is = f"{baseline_is}; of bits, {likelihood.FREQUENCY}"
+    kept = None if predictions is None else str(predictions)
+    return _evaluation(header.name, len(found), baseline_is, scores, kept)
+
+
+def _evaluation(
+    task: str,
+    examples: int,
+    baseline_is: str,
+    scores: Sequence[tuple[Scores, Scores]],
+    predictions: str | None = None,
+) -> Evaluation:
+    """Of several kinds of metrics, those of the model beside those of the baseline."""
+    metrics, baseline = (
+        {name: value for one in side for name, value in one.values.items()}
+        for side in zip(*scores, strict=True)
+    )
+    intervals, without = (
+        {name: ends for one in side for name, ends in interval(one).items()}
+        for side in zip(*scores, strict=True)
+    )
+    return Evaluation(task, examples, metrics, baseline, baseline_is, intervals, without, predictions)
 
 
 def _write(path: Path, said: Sequence[Any], right: Sequence[Any]) -> None:
@@ -167,16 +189,20 @@ def _spans(data: Sequence[str]) -> list[Span]:
 
 def _on_text(
     predictor: Predictor, tokenizer: Tokenizer, spans: Sequence[Span], options: Options, rank: int, of: int
-) -> list[Any]:
-    if not isinstance(predictor.model, GPT):
+) -> list[Foretold]:
+    family = predictor.model.config.family
+    if family not in TEXT:
         raise ConfigProblem(
-            f"a {predictor.model.config.family} that has learnt text has no perplexity",
+            f"an {family} that has learnt text has no perplexity",
             where="bigtfm evaluate",
             fix="see val_loss in the run's metrics.jsonl, or fine-tune it on a task",
         )
     reading = Reading(options.text_column, 1 << 62, UNIT_BYTES)
     texts = [text for span in spans for text in read_documents(span, reading) if text]
-    return list(language_modelling.sums_of(predictor, texts[rank::of], tokenizer, options.stride))
+    mine = range(rank, len(texts), of)
+    if family == "bert":
+        return masked.foretold(predictor, [texts[n] for n in mine], mine, tokenizer)
+    return language_modelling.foretold(predictor, [texts[n] for n in mine], tokenizer, options.stride)
 
 
 def reader_of(header: TaskHeader, tokenizer: Tokenizer) -> Reader:
@@ -226,13 +252,23 @@ def _on_rows(
     rank: int,
     of: int,
 ) -> list[Any]:
-    """(predicted, reference, row) of each of this rank's rows."""
+    """(predicted, reference, row, what is to be written) of each of this rank's rows."""
     task = task_of(header.name)
     reader = reader_of(header, tokenizer)
     rows, right = _rows(task, _setting(header, options), reader, spans, rank, of)
     with told(lambda: "data"):
         said = task.predict(predictor, rows, reader)
-    return list(zip(said, right, rows, strict=True))
+    return list(zip(said, right, rows, _written(task, predictor, rows, reader), strict=True))
+
+
+def _written(task: Task, predictor: Predictor, rows: Sequence[Row], reader: Reader) -> list[Foretold]:
+    """Of each row what the model would have had to write, foretold; of a head's labels nothing."""
+    if predictor.model.task_head is not None:
+        return [likelihood.NOTHING] * len(rows)
+    longest = min(reader.max_tokens, predictor.model.config.max_seq_len)
+    made = [task.format.make(row, replace(reader, max_tokens=longest)) for row in rows]
+    found = iter(likelihood.of_written(predictor, [one for (one,) in filter(None, made)], reader.tokenizer))
+    return [next(found) if examples else likelihood.NOTHING for examples in made]
 
 
 def _rows(

@@ -6,12 +6,28 @@ from collections.abc import Sequence
 
 from bigtfm.config.problems import ConfigProblem, did_you_mean
 from bigtfm.data.examples import TaskSetting
-from bigtfm.tasks import chat, classification, question_answering, summarisation, tagging, translation
+from bigtfm.tasks import (
+    chat,
+    classification,
+    question_answering,
+    relation_extraction,
+    summarisation,
+    tagging,
+    translation,
+)
 from bigtfm.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     module.TASK.format.name: module.TASK
-    for module in (classification, tagging, question_answering, translation, summarisation, chat)
+    for module in (
+        classification,
+        tagging,
+        relation_extraction,
+        question_answering,
+        translation,
+        summarisation,
+        chat,
+    )
 }
 
 

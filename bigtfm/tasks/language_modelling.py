@@ -5,22 +5,18 @@ T tokens of a document, W tokens of a window.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.generation.decoding import inference, pack
 from bigtfm.model.gpt import GPT
+from bigtfm.tasks.likelihood import Foretold, predicted
 from bigtfm.tasks.predictor import Predictor
-from bigtfm.tasks.task import Scores, Sums, ratio
-
-CHUNK = 2048  # tokens whose logits are held at a time
 
 
 def slide(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -55,11 +51,8 @@ def token_losses(
         x, begins = model.hidden(input_ids, places, packed), packed.cu_seqlens.tolist()
         for (number, first, last, scored), begin in zip(waiting, begins[:-1], strict=True):
             at = torch.arange(begin + scored - 1 - first, begin + last - 1 - first, device=x.device)
-            losses = [
-                F.cross_entropy(model.project(x[chunk]).float(), input_ids[chunk + 1], reduction="none")
-                for chunk in at.split(CHUNK)
-            ]
-            found[number][scored - 1 : last - 1] = torch.cat(losses).double().cpu().numpy()
+            losses, _ = predicted(model, x[at], input_ids[at + 1])
+            found[number][scored - 1 : last - 1] = losses.double().cpu().numpy()
         waiting.clear()
 
     with inference(model):
@@ -76,10 +69,13 @@ def token_losses(
     return found
 
 
-def sums_of(
-    predictor: Predictor, texts: Sequence[bytes], tokenizer: Tokenizer, stride: int | None = None
-) -> Sums:
-    """(loss in nats, tokens, bytes) of each text [texts, 3], read as BOS text EOS.
+def foretold(
+    predictor: Predictor,
+    texts: Sequence[bytes],
+    tokenizer: Tokenizer,
+    stride: int | None = None,
+) -> list[Foretold]:
+    """Each text, read as BOS text EOS.
 
     stride: tokens by which windows of max_seq_len move; None: half a window.
     """
@@ -93,27 +89,12 @@ def sums_of(
             where="command line",
             fix=f"pass a --stride of 1 to {window - 1}",
         )
-    found = np.zeros((len(texts), 3))
+    found = []
     for number, text in enumerate(texts):
         ids = [predictor.special.bos, *tokenizer.encode(text), predictor.special.eos]
         [losses] = token_losses(
             model, [ids], window=window, stride=stride, batch_tokens=predictor.batch_tokens
         )
-        found[number] = losses.sum(), len(losses), len(text)
+        found.append(Foretold(np.array(ids[1:]), float(losses.sum()), 0, len(text)))
         predictor.step(number + 1, len(texts))
     return found
-
-
-def score(sums: Sums) -> Scores:
-    """perplexity, bits_per_byte and loss (nats a token), weighted by tokens."""
-    return Scores(_metrics(sums.sum(0)), sums, _metrics)
-
-
-def _metrics(sums: Sums) -> Mapping[str, float]:
-    loss, tokens, size = sums
-    mean = ratio(loss, tokens)
-    return {
-        "perplexity": math.exp(min(mean, 700.0)),
-        "bits_per_byte": ratio(loss / math.log(2), size),
-        "loss": mean,
-    }

@@ -49,7 +49,7 @@ class Predictor:
         assert self.model.task_head is not None, "its objective has no head of its own"
         found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(examples)
         with inference(self.model):
-            for numbers in self._batches([len(example.ids) for example in examples]):
+            for numbers in self.batches([len(example.ids) for example in examples]):
                 x, lengths = self._features([examples[number].ids for number in numbers])
                 parts = self.model.task_head(x).cpu().numpy()
                 pieces = np.split(parts, np.cumsum(lengths)[:-1])
@@ -70,7 +70,7 @@ class Predictor:
         start = [self.special.start] if isinstance(model, EncoderDecoder) else []
         found: list[list[int]] = [[]] * len(prompts)
         room = self.max_new_tokens
-        for numbers in self._batches([len(prompt) + room * self.num_beams for prompt in prompts]):
+        for numbers in self.batches([len(prompt) + room * self.num_beams for prompt in prompts]):
             batch = [prompts[number] for number in numbers]
             if self.num_beams > 1:
                 best = beam_search(
@@ -86,7 +86,8 @@ class Predictor:
                 found[number] = tokens
         return found
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of examples of these lengths, a batch at a time."""
         return batches(lengths, self.batch_tokens, self.step)
 
 
