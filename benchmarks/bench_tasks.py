@@ -170,13 +170,13 @@ def pretraining(folder: Path, seeds: int) -> dict[str, Any]:
     few = folder / "rows/classification/few.jsonl"
     few.write_text("".join((few.parent / "train.jsonl").read_text().splitlines(True)[:LABELLED]))
     prepare(folder, whole, few, "--tokenizer", "data/classification/tokenizer")
-    masked = replace(whole, objective="masked_lm", steps=1000, lr=2e-3)
+    masked = replace(whole, objective="masked_lm", steps=700, lr=2e-3)
     kept = folder / "found/pretrained.json"
     if not kept.is_file():
         times = train(folder, masked, "pretrained")
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps(times))
-    tuned = replace(whole, steps=60, lr=1e-3)
+    tuned = replace(whole, steps=100, batch=16, lr=1e-3)
     row: dict[str, Any] = {"benchmark": "tasks", "task": "pretraining", "labelled": LABELLED}
     for start, more in (("scratch", ()), ("pretrained", ("run.init_from=runs/pretrained",))):
         found = [

@@ -289,7 +289,8 @@ def test_a_tasks_recipe_names_its_task_and_counts_its_parameters(config: Path) -
 
 
 TASK_KINDS = {
-    "classification": ("classification",), "tagging": ("tagging",),
+    "classification": ("classification",), "relation_extraction": ("classification",),
+    "tagging": ("tagging",),
     "question_answering": ("question_answering",), "translation": ("sequence_to_sequence", "completion"),
     "summarisation": ("sequence_to_sequence", "completion"), "chat": ("completion",),
 }  # fmt: skip

@@ -125,5 +125,5 @@ def test_as_good_by_one_rank_as_by_two_and_from_any_stage(
     alone = evaluated(runs / f"{kind}-1-0", held_out, tmp_path, 1)
     assert (alone["task"], alone["examples"]) == (task_of(kind), 9)
     together = evaluated(runs / f"{kind}-2-3", held_out, tmp_path, 2)
-    assert together["metrics"] == pytest.approx(alone["metrics"])
-    assert together["baseline"] == alone["baseline"]
+    assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
+    assert together["baseline"] == pytest.approx(alone["baseline"])

@@ -75,6 +75,33 @@ def test_words_and_tags_may_be_written_with_blanks(tokenizer: Tokenizer) -> None
     assert make("tagging", row, tokenizer, **labels) == make("tagging", as_lists, tokenizer, **labels)
 
 
+RELATED = {"text": "Ada Lovelace, the daughter of Lord Byron, wrote notes.", "head": "Ada Lovelace"}
+
+
+def test_both_entities_are_marked_in_the_text(tokenizer: Tokenizer) -> None:
+    row = RELATED | {"tail": [30, 40], "relation": "child"}
+    [one] = make("relation_extraction", row, tokenizer, labels=("child", "no_relation"))
+    expected = "$ Ada Lovelace $, the daughter of # Lord Byron #, wrote notes."
+    assert tokenizer.decode(one.ids) == expected
+    assert (one.marks[0], one.marks[-1], sum(one.marks)) == (1, 1, 2)
+    assert make("relation_extraction", RELATED | {"tail": "Lord Byron"}, tokenizer)[0].ids == one.ids
+    turned = make("relation_extraction", row | {"head": row["tail"], "tail": row["head"]}, tokenizer, **LABEL)
+    assert tokenizer.decode(turned[0].ids).startswith("# Ada Lovelace #, the daughter of $ Lord Byron $")
+
+
+LABEL = {"labels": ("child",)}
+
+
+def test_a_long_text_keeps_both_entities(tokenizer: Tokenizer) -> None:
+    row = {"head": "Ada", "tail": "Byron", "relation": "child"}
+    for text in ("word " * 50 + "Ada and Byron" + " word" * 50, "Ada and Byron" + " word" * 50):
+        [one] = make("relation_extraction", row | {"text": text}, tokenizer, 32, **LABEL)
+        assert len(one.ids) == 32
+        assert "$ Ada $ and # Byron #" in tokenizer.decode(one.ids)
+    far = row | {"text": "Ada" + " word" * 50 + " Byron"}
+    assert make("relation_extraction", far, tokenizer, 32, **LABEL) == []
+
+
 CONTEXT = (
     "The ship of state, she said, sails on. " * 6 + "Ada Lovelace wrote notes. " + "The end is near. " * 10
 )
@@ -170,6 +197,13 @@ WRONG = [
     ("classification", {"text": "x", "label": "c"}, "unknown label 'c'"),
     ("tagging", {"words": ["a"], "tags": ["a", "b"]}, "1 words, but 2 tags"),
     ("tagging", {"words": 5, "tags": []}, "'words' is of type int, not a list"),
+    ("relation_extraction", {"text": "an adage", "head": "Ada", "tail": "an"}, "head 'Ada' does not stand"),
+    ("relation_extraction", {"text": "a b", "head": "a", "tail": ""}, "tail '' does not stand"),
+    ("relation_extraction", {"text": "a b", "head": "a b", "tail": "b"}, "head and tail overlap"),
+    ("relation_extraction", {"text": "a b", "head": [0, 9], "tail": "b"}, "from 0 to 9 of 3 characters"),
+    ("relation_extraction", {"text": "a b", "head": [0], "tail": "b"}, "'head' is no [start, stop]"),
+    ("relation_extraction", {"text": "a b", "head": "a"}, "'tail' is missing, not text"),
+    ("relation_extraction", {"text": "a b", "head": "a", "tail": "b", "relation": "c"}, "unknown label 'c'"),
     (
         "question_answering",
         {"question": "?", "context": "x", "answers": "y"},

@@ -15,11 +15,14 @@ from bigtfm.tasks import (
     chat,
     classification,
     language_modelling,
+    likelihood,
     question_answering,
+    relation_extraction,
     summarisation,
     tagging,
     translation,
 )
+from bigtfm.tasks.likelihood import Foretold
 from bigtfm.tasks.task import interval
 
 SAID = ["The cat sat on the mat.", "He went home early today.", "Nothing works here.", "A good day to you."]
@@ -103,6 +106,19 @@ def test_classes_are_those_of_scikit_learn() -> None:
     assert (high - low) / 2 == pytest.approx(error, rel=0.15), "as the binomial has it"
 
 
+def test_that_there_is_no_relation_is_no_class() -> None:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    generator = random.Random(0)
+    said, right = ([generator.choice(["a", "b", "no_relation"]) for _ in range(200)] for _ in range(2))
+    found = relation_extraction.score(said, right).values
+    theirs = precision_recall_fscore_support(right, said, labels=["a", "b"], average="micro")
+    assert [found[name] for name in ("precision", "recall", "f1")] == pytest.approx(theirs[:3])
+    assert relation_extraction.score([None], ["a"]).values["f1"] == 0
+    rows = [{"relation": one} for one in ("no_relation", "no_relation", "b")]
+    assert relation_extraction.most_frequent(rows) == ["b"] * 3, "what counts"
+
+
 def test_answers_are_measured_as_squad_does() -> None:
     found = question_answering.score(
         ["the Ada Lovelace!", "in 1843", ""], [["Ada Lovelace"], ["1843"], ["x", ""]]
@@ -111,11 +127,25 @@ def test_answers_are_measured_as_squad_does() -> None:
     assert found.values["f1"] == pytest.approx(100 * (1 + 2 / 3 + 1) / 3)
 
 
+def foretold(ids: list[int], loss: float, hits: int, size: int) -> Foretold:
+    return Foretold(np.array(ids), loss, hits, size)
+
+
 def test_perplexity_is_weighted_by_tokens() -> None:
-    sums = np.array([[2.0, 1, 4], [6.0, 3, 8]])
-    values = language_modelling.score(sums).values
+    found = [foretold([1], 2.0, 1, 4), foretold([1, 2, 3], 6.0, 0, 8)]
+    values = likelihood.score(found, "perplexity", "bits_per_byte", "accuracy").values
     assert values["perplexity"] == pytest.approx(np.exp(2.0))
     assert values["bits_per_byte"] == pytest.approx(8 / np.log(2) / 12)
+    assert values["accuracy"] == 1 / 4
+
+
+def test_frequency_gives_the_entropy_of_the_tokens() -> None:
+    found = [foretold([5, 5], 9.0, 0, 4), foretold([5, 2], 9.0, 0, 8), likelihood.NOTHING]
+    values = likelihood.score(likelihood.by_frequency(found), "loss", "accuracy", "bits_per_byte").values
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert values["loss"] == pytest.approx(entropy)
+    assert values["accuracy"] == 0.75
+    assert values["bits_per_byte"] == pytest.approx(4 * entropy / np.log(2) / 12)
 
 
 def test_chat_compares_answers() -> None:
