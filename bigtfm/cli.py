@@ -217,8 +217,8 @@ def prepare(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Make examples of a task, of rows: classification, tagging, relation_extraction, question_answering, "
-            "translation, summarisation or chat. Default: none, text."
+            help="Make examples of a task, of rows: classification, tagging, relation_extraction, "
+            "question_answering, translation, summarisation or chat. Default: none, text."
         ),
     ] = None,
     column: Annotated[
