@@ -27,6 +27,7 @@ from bigtfm.job import Job
 from bigtfm.model.distillation import Distillation
 from bigtfm.model.families import make_model
 from bigtfm.model.heads import LanguageModel
+from bigtfm.model.lora import add_adapters
 from bigtfm.resilience import spikes
 from bigtfm.run_directory import (
     SavedRun,
@@ -46,7 +47,7 @@ def fresh_model(job: Job) -> LanguageModel:
     model = make_model(
         run.model, job.special.vocab_size, seed=run.run.seed, objective=run.objective, compute=job.compute
     )
-    model.stack_learns, model.embeddings_learn = run.tune.train == "all", run.tune.embeddings
+    add_adapters(model, run.tune)
     return model
 
 

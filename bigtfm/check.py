@@ -11,10 +11,11 @@ from bigtfm.config.batch import GlobalBatch, global_batch
 from bigtfm.config.deepspeed import DeepSpeedConfig, acting_stage
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import RunConfig
+from bigtfm.config.sections import TuneSection
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.mixture import Mixture
 from bigtfm.data.order import Order
-from bigtfm.planner.parameters import block_matrices, count_parameters
+from bigtfm.planner.parameters import adapted_matrices, block_matrices, parameters_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +56,8 @@ class Resolved:
     sources: tuple[Share, ...]
     family: str
     objective: str
-    parameters: int  # shared ones counted once
+    parameters: int  # shared ones counted once, adapters included
+    trained: int  # of them; the others stay as they begin
     vocab_size: int  # tokens that the model knows
     padded_vocab_size: int  # rows of the embedding
     precision: Literal["fp32", "bf16", "fp16"]
@@ -99,12 +101,14 @@ def resolve(
         )
     _keeps_zeros(config, deepspeed)
     _multiplies_in_8_bits(config, deepspeed)
+    _tunes(config, deepspeed)
     steps = deepspeed.steps_of(config.run.steps)
     micro_batch, accumulation, final = deepspeed.solve_batch(world_size)
     batch = global_batch(config.batch, final, micro_batch, world_size)
     padded_vocab_size = config.model.padded_vocab_size(vocab_size)
     largest = max(matrix.in_ * matrix.out for matrix in block_matrices(config.model))
     _buffers_hold(max(largest, padded_vocab_size * config.model.hidden_size), deepspeed, world_size)
+    parameters = parameters_of(config.model, vocab_size, config.objective_kind, config.tune)
     _lasts(order, steps, batch)
     samples = batch.samples(steps)
     shares, tokens = _taken(config, datasets, order, samples)
@@ -128,7 +132,8 @@ def resolve(
         sources=shares,
         family=config.model.family,
         objective=config.objective_kind,
-        parameters=count_parameters(config.model, vocab_size, config.objective_kind),
+        parameters=sum(parameter.numel for parameter in parameters),
+        trained=sum(parameter.numel for parameter in parameters if config.tune.learns(parameter.name)),
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
         precision=deepspeed.precision,
@@ -256,6 +261,37 @@ def _multiplies_in_8_bits(config: RunConfig, deepspeed: DeepSpeedConfig) -> None
         )
 
 
+def _tunes(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
+    """The optimizer can leave weights alone, and adapters are smaller than their matrices."""
+    tune = config.tune
+    if tune != TuneSection() and deepspeed.optimizer_type == "Muon":
+        raise ConfigProblem(
+            "Muon is for the training of whole matrices, and [tune] leaves some out or gives them other lrs",
+            where=str(deepspeed.path),
+            fix="use AdamW, or leave [tune] out",
+        )
+    frozen = tune.lora_rank or tune.train == "head" or not tune.embeddings
+    if frozen and deepspeed.offload("param") == "nvme":
+        raise ConfigProblem(
+            "weights that [tune] leaves as they are can't be read from NVMe for a checkpoint",
+            where=str(deepspeed.path),
+            fix='write "offload_param": {"device": "cpu"}, or leave [tune] out',
+        )
+    if frozen and config.compute.fp8 != "none":
+        raise ConfigProblem(
+            "compute.fp8 computes the gradients of all matrices, and [tune] leaves some as they are",
+            where="run config",
+            fix="set compute.fp8 to none, or leave [tune] out",
+        )
+    sides = [side for matrix in adapted_matrices(config.model, tune) for side in (matrix.in_, matrix.out)]
+    if sides and tune.lora_rank > min(sides):
+        raise ConfigProblem(
+            f"tune.lora_rank {tune.lora_rank} is more than the {min(sides)} rows or columns of a matrix",
+            where="run config",
+            fix="set tune.lora_rank to 8 or so: it is meant to be small",
+        )
+
+
 def render(resolved: Resolved, attention: str) -> Table:
     """The same for reading, as a table that rich can print; `attention`: the backend of this machine."""
     from rich.table import Table
@@ -290,7 +326,8 @@ def render(resolved: Resolved, attention: str) -> Table:
             for n, s in enumerate(r.sources, 1)
             if len(r.sources) > 1
         },
-        "model": f"{r.family}, {r.objective}, {r.parameters:,} parameters",
+        "model": f"{r.family}, {r.objective}, {r.parameters:,} parameters"
+        + (f", of which {r.trained:,} are trained" if r.trained < r.parameters else ""),
         "vocabulary": f"{r.vocab_size:,} (padded to {r.padded_vocab_size:,})",
         "precision": r.precision + (f", the blocks' products in fp8, {r.fp8}" if r.fp8 != "none" else ""),
         "ZeRO stage": ", ".join([str(r.zero_stage), *offload, *acting]),

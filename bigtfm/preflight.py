@@ -59,7 +59,8 @@ def require_room(job: Job) -> None:
     for path in checkpoint.leftovers(root):
         storage.remove(path)
     there = checkpoint.steps_in(root)
-    free, needed = storage.free_bytes(root), checkpoint_bytes(job.resolved.parameters, job.resolved.optimizer)
+    free, resolved = storage.free_bytes(root), job.resolved
+    needed = checkpoint_bytes(resolved.parameters, resolved.optimizer, resolved.trained)
     if free is None or job.resolved.steps in there:
         return
     retention = checkpoint.Retention(max(1, options.keep - 1), options.keep_every)

@@ -59,6 +59,8 @@ def saved_identity(state: dict[str, Any]) -> dict[str, Any]:
     saved = dict(state["progress"]["identity"])
     for part, section in (("model", ModelSection()), ("objective", ObjectiveSection())):
         saved[part] = json.loads(section.model_dump_json()) | saved[part]
+    if (tune := saved.get("recipe", {}).get("tune")) is not None:
+        saved["recipe"] = saved["recipe"] | {"tune": TuneSection().model_dump(mode="json") | tune}
     return saved
 
 
@@ -313,7 +315,6 @@ def _require_probe(found: Path, model: LanguageModel) -> None:
     probe = Probe.from_json(kept, {"precision": "fp32", "device": "cpu", "torch": version("torch")})
 
     def changed() -> list[str]:
-        sums = {name: checkpoint.checksum(p.detach().view(-1), 0) for name, p in model.named_parameters()}
-        return checkpoint.changed_tensors(found, sums)
+        return checkpoint.changed_tensors(found, checkpoint.stored_checksums(found))
 
     require_same(kept, probe, probe.loss(model, torch.device("cpu")), changed, where=str(found))

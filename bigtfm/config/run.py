@@ -78,12 +78,33 @@ class RunConfig(Section):
                 f"tune.train head leaves nothing to train: {self.objective_kind} has no head of its own",
                 "set tune.train to all",
             )
-        if self.tune.train == "head":
-            for name in ("layer_decay", "embeddings"):
+        useless = {
+            "where the head alone is trained": (
+                "layer_decay",
+                "embeddings",
+                "lora_rank",
+                "lora_alpha",
+                "lora_on",
+            )
+            if self.tune.train == "head"
+            else (),
+            "where adapters are trained": ("embeddings",) if self.tune.lora_rank else (),
+            "without tune.lora_rank": () if self.tune.lora_rank else ("lora_alpha", "lora_on"),
+        }
+        for where, names in useless.items():
+            for name in names:
                 if getattr(self.tune, name) != TuneSection.model_fields[name].default:
-                    raise ValueError(
-                        f"tune.{name} does nothing where the head alone is trained", f"leave tune.{name} out"
-                    )
+                    raise ValueError(f"tune.{name} does nothing {where}", f"leave tune.{name} out")
+        if self.tune.lora_rank and self.model.keep_zeros:
+            raise ValueError(
+                "model.keep_zeros can't keep the zeros of a matrix that an adapter is merged into",
+                "leave tune.lora_rank out, or model.keep_zeros",
+            )
+        if self.tune.lora_rank and self.objective.l1:
+            raise ValueError(
+                "objective.l1 is a penalty on the weights, which stay as they are where adapters are trained",
+                "set objective.l1 to 0",
+            )
         if not self.tune.embeddings and self.model.tied_embeddings and self.objective_kind not in HEADED:
             raise ValueError(
                 "tune.embeddings false would leave the output layer as it is, too: it is tied to them",

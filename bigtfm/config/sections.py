@@ -502,6 +502,9 @@ class DistillSection(Section):
         return self
 
 
+ADAPTERS = (".lora_a", ".lora_b")  # ends of the names of an adapter's weights
+
+
 class TuneSection(Section):
     """What of a model that has learnt before goes on learning."""
 
@@ -509,6 +512,20 @@ class TuneSection(Section):
         default="all",
         description="all, or the task's head alone: the stack stays as run.init_from has it, and no backward "
         "pass goes through it",
+    )
+    lora_rank: int = Field(
+        default=0,
+        ge=0,
+        description="rank of the adapters (LoRA) that learn in the model's place, beside a task's head; all "
+        "else stays as it begins; 0: none",
+    )
+    lora_alpha: float = Field(
+        default=16.0,
+        gt=0,
+        description="an adapter adds lora_alpha / lora_rank times its product to its matrix",
+    )
+    lora_on: Literal["attention", "all"] = Field(
+        default="all", description="the blocks' matrices that have an adapter: those of attention, or all"
     )
     embeddings: bool = Field(
         default=True, description="whether the token embedding learns; false: it stays as it begins"
@@ -520,6 +537,21 @@ class TuneSection(Section):
         description="each block's lr is this times that of the block above it; the head has the JSON's lr, "
         "the embeddings the lowest; 1: one lr for all",
     )
+
+    @property
+    def lora_scale(self) -> float:
+        """What an adapter's product is multiplied with."""
+        return self.lora_alpha / self.lora_rank
+
+    def adapts(self, name: str) -> bool:
+        """Whether a matrix of a block, or its module, has an adapter."""
+        return self.lora_rank > 0 and (self.lora_on == "all" or ".mlp." not in name)
+
+    def learns(self, name: str) -> bool:
+        """Whether a parameter learns; the others have neither gradients nor fp32 masters nor moments."""
+        if self.train == "head" or self.lora_rank:
+            return name.startswith("task_head.") or name.endswith(ADAPTERS)
+        return self.embeddings or name != "embed_tokens.weight"
 
 
 Backend = Literal[

@@ -40,12 +40,13 @@ def build_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Model, optimizer and schedule under ZeRO, as `config` (a resolved DeepSpeed JSON, left as it is) says.
 
-    The initial weights are the same at every stage and world size: each is a function of seed and name.
+    The initial weights are the same at every stage and world size: each is a function of seed and name. What
+    `tune` leaves as it is needs no gradient: DeepSpeed keeps neither fp32 masters nor moments of it.
 
     Raises:
         ConfigProblem: the accelerator lacks the precision that the JSON asks for.
     """
-    config = copy.deepcopy(config)  # initialize() pops from and merges into what it is given
+    config, tune = copy.deepcopy(config), tune or TuneSection()  # initialize() pops from what it is given
     on_cpu = get_accelerator().device_name() == "cpu"
     _require_precision(config)
     _require_compiler(compute)
@@ -62,9 +63,12 @@ def build_engine(
     with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config)) if stage == 3 else nullcontext():
         model = make_model()
     init_weights(model, gather=_gather if stage == 3 else nullcontext)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(tune.learns(name))
     if model.config.keep_zeros:
         for _, layer in block_linears(model):
-            layer.weight.register_hook(partial(_no_gradient_where_zero, layer.weight))
+            if layer.weight.requires_grad:
+                layer.weight.register_hook(partial(_no_gradient_where_zero, layer.weight))
     if compute.kernels == "liger":
         use_liger(model)
     if compute.fp8 != "none":
@@ -167,22 +171,23 @@ def parameter_groups(
     """Weight decay for the matrices; none for the vectors (norms, biases) and what the model exempts.
 
     Where `tune` gives parts of the model an lr of their own, each has its groups, and `lr_scale` says how
-    many times the schedule's it is (gradients.step).
+    many times the schedule's it is (gradients.step). What needs no gradient is in none.
 
     Raises:
         ConfigProblem: the optimizer has one lr for all.
     """
     tune = tune or TuneSection()
-    if tune != TuneSection() and kind not in ONE_LR_A_GROUP:
+    if tune.layer_decay != 1 and kind not in ONE_LR_A_GROUP:
         raise ConfigProblem(
-            f"{kind} has one lr for all, and [tune] asks for several",
+            f"{kind} has one lr for all, and tune.layer_decay asks for several",
             where="run config",
-            fix=f"use {', '.join(ONE_LR_A_GROUP)} in the DeepSpeed JSON, or leave [tune] out",
+            fix=f"use {', '.join(ONE_LR_A_GROUP)} in the DeepSpeed JSON, or leave tune.layer_decay out",
         )
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     if kind == "Adagrad":  # stages 1 and 2 rebuild it with one group, whatever it was given
-        return [{"params": list(model.parameters())}]
+        return [{"params": [parameter for _, parameter in trained]}]
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained:
         decays = _dimensions(parameter) >= 2 and not getattr(parameter, "no_weight_decay", False)
         scale = _lr_scale(name, model, tune)
         group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
@@ -193,10 +198,6 @@ def parameter_groups(
 
 def _lr_scale(name: str, model: nn.Module, tune: TuneSection) -> float:
     """How many times the schedule's lr a parameter has (Howard & Ruder 2018, section 3.2)."""
-    if tune.train == "head":
-        return float(name.startswith("task_head."))
-    if name == "embed_tokens.weight" and not tune.embeddings:
-        return 0.0
     if tune.layer_decay == 1 or not isinstance(model, LanguageModel):
         return 1.0
     config = model.config

@@ -33,7 +33,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import nn
 
 from bigtfm.config.problems import ConfigProblem, NoCheckpoint, StorageProblem, say
+from bigtfm.config.sections import TuneSection
 from bigtfm.engine import fragments, storage
+from bigtfm.model.lora import is_adapter, update
 from bigtfm.model.quantized import KINDS, Quantized, put
 from bigtfm.sealed import seal, unseal
 
@@ -350,6 +352,23 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     return _read_json(checkpoint / "index.json")
 
 
+def _adapter_scale(checkpoint: Path) -> float:
+    """What the products of a checkpoint's adapters are multiplied with.
+
+    Raises:
+        NoCheckpoint: it does not say.
+    """
+    try:
+        recipe = read_state(checkpoint)["progress"]["identity"]["recipe"]
+        return TuneSection.model_validate(recipe["tune"]).lora_scale
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise NoCheckpoint(
+            "it has adapters, and state.json does not say of which lora_alpha and lora_rank",
+            where=str(checkpoint),
+            fix="use a run of this version",
+        ) from None
+
+
 def quantized_kinds(index: dict[str, Any]) -> list[str]:
     """The kinds of quantised matrices in a checkpoint's index."""
     return sorted({kind for entry in index.values() for kind in KINDS if kind in entry["keys"]})
@@ -365,12 +384,12 @@ def load(checkpoint: Path, engine: Any, ranks: Ranks, *, moments: bool = True) -
         StorageProblem: it can't be read.
     """
     state = read_state(checkpoint)
-    with ranks.together(f"reading {checkpoint}"), Shards(checkpoint) as shards:
+    with ranks.together(f"reading {checkpoint}"), Shards(checkpoint, merged=False) as shards:
         shards.require_trainable()
         shards.require_all_used(engine.module)
         for fragment in fragments.owned_fragments(engine):
             entry = shards.entry(fragment.name, fragment.shape)
-            keys = entry["keys"] if moments else ["fp32"]
+            keys = entry["keys"] if moments and fragment.group is not None else ["fp32"]
             for key in fragments.moments(engine, fragment).keys() - set(keys):
                 fragments.restore_moment(engine, fragment, key).zero_()  # from before its first update
             for key in keys:
@@ -396,6 +415,7 @@ def start_from(checkpoint: Path, engine: Any, heads: tuple[str, ...] = ()) -> No
     """Fills the engine's weights from a verified checkpoint; moments, counters and schedule stay fresh.
 
     heads: beginnings of names that need not be the same on both sides: what the model alone has stays fresh.
+    So do adapters: those of the checkpoint are merged.
 
     Raises:
         NoCheckpoint: the checkpoint's parameters are not this model's.
@@ -406,6 +426,8 @@ def start_from(checkpoint: Path, engine: Any, heads: tuple[str, ...] = ()) -> No
         for fragment in fragments.owned_fragments(engine):
             if fragment.name.startswith(heads) and not shards.has(fragment.name, fragment.shape):
                 continue
+            if is_adapter(fragment.name):
+                continue
             shards.entry(fragment.name, fragment.shape)
             shards.fill(fragment.view(fragment.flat), fragment.name, "fp32", fragment.start)
     fragments.weights_follow_masters(engine)
@@ -414,7 +436,8 @@ def start_from(checkpoint: Path, engine: Any, heads: tuple[str, ...] = ()) -> No
 def load_weights(checkpoint: Path, model: nn.Module, *, quantized: bool = False) -> None:
     """Fills a plain torch module with the checkpoint's fp32 weights, one parameter at a time.
 
-    quantized: layers whose matrices are quantised there become such layers, else they are filled with fp32.
+    Adapters are merged: the module has none. quantized: layers whose matrices are quantised there become such
+    layers, else they are filled with fp32.
     """
     with Shards(checkpoint) as shards, torch.no_grad():
         shards.require_all_used(model)
@@ -445,11 +468,22 @@ def checksum(values: torch.Tensor, start: int) -> int:
 def engine_checksums(engine: Any, ranks: Ranks) -> dict[str, int]:
     """Checksum of each parameter's fp32 weights in the engine, put together from all ranks."""
     mine: dict[str, int] = {}
-    for fragment in fragments.owned_fragments(engine):
+    for fragment in fragments.written_fragments(engine, ranks.rank, ranks.world_size):
         values = fragment.view(fragment.flat).to("cpu", torch.float32)
         mine[fragment.name] = mine.get(fragment.name, 0) + checksum(values, fragment.start)
-    parts = ranks.gather(mine) if engine.zero_optimization() else [mine]
+    parts = ranks.gather(mine)
     return {name: sum(part.get(name, 0) for part in parts) for name in set().union(*parts)}
+
+
+def stored_checksums(checkpoint: Path) -> dict[str, int]:
+    """The same of what the shards hold."""
+    sums = {}
+    with Shards(checkpoint, merged=False) as shards:
+        for name, entry in read_index(checkpoint).items():
+            values = torch.empty(math.prod(entry["shape"]))
+            shards.fill(values, name, "fp32", 0)
+            sums[name] = checksum(values, 0)
+    return sums
 
 
 def changed_tensors(checkpoint: Path, checksums: dict[str, int]) -> list[str]:
@@ -463,11 +497,17 @@ def changed_tensors(checkpoint: Path, checksums: dict[str, int]) -> list[str]:
 
 
 class Shards:
-    """Reads runs of elements out of a checkpoint's shards, straight into where they belong."""
+    """Reads runs of elements out of a checkpoint's shards, straight into where they belong.
 
-    def __init__(self, checkpoint: Path) -> None:
+    merged: a matrix is read with its adapter added, and there are no adapters; False: each as it is stored.
+    """
+
+    def __init__(self, checkpoint: Path, *, merged: bool = True) -> None:
         self._folder = checkpoint
         self._index = read_index(checkpoint)
+        self._adapters = {name: e for name, e in self._index.items() if merged and is_adapter(name)}
+        self._scale = _adapter_scale(checkpoint) if self._adapters else 0.0
+        self._index = {name: e for name, e in self._index.items() if name not in self._adapters}
         self._open: dict[str, tuple[BufferedReader, dict[str, Any]]] = {}  # file and where its tensors begin
 
     def __enter__(self) -> Shards:
@@ -523,12 +563,38 @@ class Shards:
         stop = start + target.numel()
         if key == "fp32" and (matrix := self.quantized(name)) is not None:
             target.copy_(matrix.dequantized().view(-1)[start:stop])
-            return
-        for part in self._index[name]["fragments"]:
+        elif key == "fp32" and f"{name.removesuffix('.weight')}.lora_a" in self._adapters:
+            values = torch.empty(target.numel())
+            self._fill(values, self._index[name], f"{name}|fp32", start)
+            target.copy_(values.add_(self._adapter(name, start, stop)))
+        else:
+            self._fill(target, self._index[name], f"{name}|{key}", start)
+
+    def _adapter(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """What its adapter adds to elements start .. stop of a matrix, fp32 [n]."""
+        columns, path = self._index[name]["shape"][1], name.removesuffix(".weight")
+        first, end = start // columns, -(-stop // columns)
+        rank = self._adapters[f"{path}.lora_a"]["shape"][0]
+        a, b = self._rows(f"{path}.lora_a", 0, rank), self._rows(f"{path}.lora_b", first, end)
+        added = update(a, b, self._scale)
+        return added.view(-1)[start - first * columns : stop - first * columns]
+
+    def _rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Rows first .. end of a part of an adapter, fp32."""
+        entry = self._adapters[name]
+        width = entry["shape"][1]
+        rows = torch.empty(end - first, width)
+        self._fill(rows.view(-1), entry, f"{name}|fp32", first * width)
+        return rows
+
+    def _fill(self, target: torch.Tensor, entry: dict[str, Any], tensor: str, start: int) -> None:
+        """Elements start .. of a tensor that `entry` tells the fragments of into `target` [n]."""
+        stop = start + target.numel()
+        for part in entry["fragments"]:
             low, high = max(start, part["start"]), min(stop, part["start"] + part["numel"])
             if low < high:
                 place = low - part["start"]
-                self._read(part["file"], f"{name}|{key}", place, target[low - start : high - start])
+                self._read(part["file"], tensor, place, target[low - start : high - start])
 
     def quantized(self, name: str) -> Quantized | None:
         """A matrix as `weights.save_quantized` has written it; None: a parameter that was not quantised.

@@ -30,7 +30,7 @@ class Fragment:
     numel: int
     flat: torch.Tensor  # what the optimizer updates: a flat partition, or the parameter itself
     offset: int
-    group: int  # index of the optimizer's param_group
+    group: int | None  # index of the optimizer's param_group; None: a frozen parameter, in the model's dtype
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """This fragment's elements [numel] of `flat`, or of a moment of `flat`."""
@@ -53,12 +53,13 @@ def loss_scaler(engine: Any) -> Any | None:
 
 
 def owned_fragments(engine: Any) -> Iterator[Fragment]:
-    """The fragments that this rank keeps. At stage 0 every rank keeps all.
+    """The fragments that this rank keeps. At stage 0 every rank keeps all, below 3 all that is frozen.
 
     It is in memory only until the next one is asked for: with NVMe offload a group is swapped in and out.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}  # tied ones once
     optimizer = engine.optimizer
+    yield from _frozen(engine)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield from _stage_3(optimizer, names)
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -69,6 +70,33 @@ def owned_fragments(engine: Any) -> Iterator[Fragment]:
         yield from _flat(optimizer.fp16_groups, optimizer.fp32_groups_flat, names)
     else:
         yield from _whole(optimizer, names)
+
+
+def written_fragments(engine: Any, rank: int, world_size: int) -> Iterator[Fragment]:
+    """Those of `owned_fragments` that this rank writes: of what all ranks have, its share."""
+    stage, seen = engine.zero_optimization_stage(), 0
+    total = sum(p.numel() for p in engine.module.parameters() if not (stage and p.requires_grad))
+    for fragment in owned_fragments(engine):
+        if stage == 3 or (stage and fragment.group is not None):
+            yield fragment
+            continue
+        if seen * world_size // total == rank:
+            yield fragment
+        seen += fragment.numel
+
+
+def _frozen(engine: Any) -> Iterator[Fragment]:
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        if not hasattr(parameter, "ds_tensor"):
+            yield Fragment(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, None)
+            continue
+        part = parameter.ds_tensor
+        start = part.ds_numel * engine.optimizer._get_param_partition_rank(parameter)
+        numel = min(part.ds_numel, parameter.ds_numel - start)
+        if numel > 0:
+            yield Fragment(name, tuple(parameter.ds_shape), start, numel, part, 0, None)
 
 
 def _stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
@@ -133,6 +161,8 @@ def moments(engine: Any, fragment: Fragment) -> dict[str, torch.Tensor]:
 
 def update_count(engine: Any, fragment: Fragment) -> float:
     """Updates that the optimizer counts for this fragment (for Adam's bias correction)."""
+    if fragment.group is None:
+        return 0.0
     optimizer = base_optimizer(engine)
     state, group = optimizer.state.get(fragment.flat, {}), optimizer.param_groups[fragment.group]
     return float(state.get("step", group.get("step", engine.global_steps - engine.skipped_steps)))
@@ -150,6 +180,7 @@ def restore_moment(engine: Any, fragment: Fragment, key: str) -> torch.Tensor:
 
 def restore_update_count(engine: Any, fragment: Fragment, count: float) -> None:
     """Sets the optimizer's own count where this kind of optimizer keeps it."""
+    assert fragment.group is not None, "what is frozen is not updated"
     optimizer = base_optimizer(engine)
     keeper = (
         getattr(optimizer, "aux_optimizer", None) or optimizer

@@ -209,16 +209,7 @@ class Saver:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
 
     def _mine(self) -> Iterator[Fragment]:
-        """The fragments that this rank writes: those it owns; at stage 0, where all own all, its share."""
-        if self._engine.zero_optimization():
-            yield from fragments.owned_fragments(self._engine)
-            return
-        total = sum(parameter.numel() for parameter in self._engine.module.parameters())
-        seen = 0
-        for fragment in fragments.owned_fragments(self._engine):
-            if seen * self._ranks.world_size // total == self._ranks.rank:
-                yield fragment
-            seen += fragment.numel
+        return fragments.written_fragments(self._engine, self._ranks.rank, self._ranks.world_size)
 
     @property
     def _file(self) -> str:

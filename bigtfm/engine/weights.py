@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bigtfm.engine import checkpoint, storage
 from bigtfm.engine.checkpoint import FORMAT, Progress
+from bigtfm.model.lora import is_adapter
 from bigtfm.model.quantized import Quantized
 
 Shape = tuple[int, ...]
@@ -179,8 +180,9 @@ def write_safetensors(
 
 
 def weight_shapes(folder: Path) -> dict[str, Shape]:
-    """Names and shapes of the parameters in a verified checkpoint."""
-    return {name: tuple(entry["shape"]) for name, entry in checkpoint.read_index(folder).items()}
+    """Names and shapes of the parameters in a verified checkpoint, without adapters: they are merged."""
+    index = checkpoint.read_index(folder)
+    return {name: tuple(entry["shape"]) for name, entry in index.items() if not is_adapter(name)}
 
 
 def read_weights(folder: Path, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:

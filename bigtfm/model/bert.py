@@ -56,10 +56,9 @@ class BERT(LanguageModel):
                 [input_ids, labels, position_ids, token_keys, token_type_ids, pairs, places],
             )
         )
-        with self.stack_gradients():
-            x = self.hidden(
-                input_ids, position_ids, documents, token_keys=token_keys, token_type_ids=token_type_ids
-            )
+        x = self.hidden(
+            input_ids, position_ids, documents, token_keys=token_keys, token_type_ids=token_type_ids
+        )
         if self.mlm_head is None:
             return self.loss(x, labels, l1_scale, documents)
         if labelled is None or places is None:

@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         training, vocab, smoothing = any(ctx.needs_input_grad), len(weight), label_smoothing
         half = x.dtype != torch.float32
         dx, db = torch.empty_like(x), x.new_zeros(vocab, dtype=torch.float32)
-        dw = torch.zeros_like(weight, dtype=torch.float32)
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         held = GPU_LOGITS_BYTES if apart else LOGITS_BYTES
         size = max(1, min(len(x), held // (4 * vocab)))
         losses = x.new_empty(len(x), dtype=torch.float32)
@@ -124,6 +124,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     db += grad.sum(0)
                 grad = logits.copy_(grad) if half else grad
                 torch.mm(grad, weight, out=dx[first : first + size])
+                if dw is None:
+                    continue
                 if half:
                     dw += torch.mm(grad.t(), part)  # chunks are added up in fp32
                 else:
@@ -134,13 +136,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         dx, dw, db = ctx.saved_tensors
-        dx *= scale
-        dw *= scale
-        if db is not None:
-            db *= scale
+        for gradient in (dx, dw, db):
+            if gradient is not None:
+                gradient *= scale
         if ctx.rows is not None:
             dx = dx.new_zeros(ctx.tokens, dx.shape[1]).index_copy_(0, ctx.rows, dx)
         weight_dtype, bias_dtype = ctx.dtypes
-        return dx, dw.to(weight_dtype), None if db is None else db.to(bias_dtype), None, None
+        dw, db = None if dw is None else dw.to(weight_dtype), None if db is None else db.to(bias_dtype)
+        return dx, dw, db, None, None

@@ -32,8 +32,7 @@ class GPT(LanguageModel):
         (documents,), ((input_ids, labels, position_ids, token_keys),) = self.in_good_order(
             [Documents(cu_seqlens, seq_lens)], [input_ids, labels, position_ids, token_keys]
         )
-        with self.stack_gradients():
-            x = self.hidden(input_ids, position_ids, documents, token_keys=token_keys)
+        x = self.hidden(input_ids, position_ids, documents, token_keys=token_keys)
         return self.loss(x, labels, l1_scale, documents)
 
     def hidden(

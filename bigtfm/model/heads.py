@@ -5,7 +5,6 @@ N documents, T tokens of all documents together, C features, V vocabulary, Vp vo
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
-        self.stack_learns = self.embeddings_learn = True  # False: a part that stays as it is
         self.objective = objective or ObjectiveSection()
         self.compute = compute or ComputeSection()
         self.distillation: Distillation | None = None
@@ -63,14 +61,10 @@ class LanguageModel(nn.Module):
         """Makes the family's own modules; they stand between embedding and output layer."""
         raise AssertionError("a family makes its stacks")
 
-    def stack_gradients(self) -> AbstractContextManager[Any]:
-        """Around the stack in a forward: none are kept where it does not learn."""
-        return nullcontext() if self.stack_learns else torch.no_grad()
-
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings [T, C] of ids [T]."""
         x: Tensor = self.embed_tokens(input_ids)
-        return x if self.embeddings_learn else x.detach()
+        return x
 
     def project(self, x: Tensor) -> Tensor:
         """Logits [T, V] of features [T, C]; the padded columns are cut off."""

@@ -415,11 +415,14 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelSection, seed:
 
     Matrices are normal with init_std; with norm_order pre, those that end one of a stack's R residual
     branches with init_std / sqrt(R) (Radford et al. 2019); biases are 0, norm weights 1. A longer matrix
-    begins with the shorter one's rows: padding the vocabulary moves nothing.
+    begins with the shorter one's rows: padding the vocabulary moves nothing. Of an adapter B is 0, A has the
+    variance 1 / (3 in) that the code of Hu et al. (2021) gives it.
     """
+    if name.endswith("lora_b"):
+        return torch.zeros(shape)
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    std = config.init_std
+    std = 1 / math.sqrt(3 * shape[1]) if name.endswith("lora_a") else config.init_std
     if config.norm_order == "pre" and name.endswith(("attention.out.weight", "mlp.down.weight")):
         crossed = config.family == "encoder_decoder" and name.startswith("decoder.")
         std /= math.sqrt(3 * config.decoder_layers if crossed else 2 * config.num_layers)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bigtfm.config.sections import LABELLED, ModelSection
+from bigtfm.config.sections import LABELLED, ModelSection, TuneSection
 
 
 class Matrix(NamedTuple):
@@ -28,11 +28,31 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
 
-def parameters_of(model: ModelSection, vocab_size: int, kind: str | None = None) -> list[Parameter]:
+def parameters_of(
+    model: ModelSection, vocab_size: int, kind: str | None = None, tune: TuneSection | None = None
+) -> list[Parameter]:
     """All parameters in the order of `named_parameters`; embeddings with their padding, a tied one once.
 
-    kind: of the objective; None: one of the family's that predict tokens.
+    kind: of the objective; None: one of the family's that predict tokens. tune: with its adapters.
     """
+    found = _parameters(model, vocab_size, kind)
+    return found if tune is None or not tune.lora_rank else list(with_adapters(found, tune))
+
+
+def with_adapters(parameters: list[Parameter], tune: TuneSection) -> Iterator[Parameter]:
+    """Behind a matrix of a block and its bias, those of its adapter."""
+    for parameter, following in zip(parameters, [*parameters[1:], None], strict=True):
+        path, _, kind = parameter.name.rpartition(".")
+        if kind == "weight":
+            shape = parameter.shape
+        yield parameter
+        matrix = ".layers." in path and len(shape) == 2 and tune.adapts(path)
+        if matrix and not (following is not None and following.name == f"{path}.bias"):
+            yield Parameter(f"{path}.lora_a", (tune.lora_rank, shape[1]))
+            yield Parameter(f"{path}.lora_b", (shape[0], tune.lora_rank))
+
+
+def _parameters(model: ModelSection, vocab_size: int, kind: str | None) -> list[Parameter]:
     hidden, rows = model.hidden_size, model.padded_vocab_size(vocab_size)
     found = [Parameter("embed_tokens.weight", (rows, hidden))]
     head = _task_head(model, kind)
@@ -86,6 +106,15 @@ def cross_matrices(model: ModelSection) -> list[Matrix]:
     hidden, width, bias = model.hidden_size, model.num_attention_heads * model.head_size, _qkv_bias(model)
     kv = Matrix(hidden, 2 * model.kv_heads * model.head_size, bias)
     return [Matrix(hidden, width, bias), kv, Matrix(width, hidden, model.bias)]
+
+
+def adapted_matrices(model: ModelSection, tune: TuneSection) -> list[Matrix]:
+    """The shapes of the matrices that have an adapter."""
+    if not tune.lora_rank:
+        return []
+    attention, mlp = block_matrices(model)[:2], block_matrices(model)[2:]
+    crossed = cross_matrices(model) if model.family == "encoder_decoder" else []
+    return attention + crossed + (mlp if tune.lora_on == "all" else [])
 
 
 def block_parameters(model: ModelSection, side: str, index: int) -> list[Parameter]:
@@ -145,6 +174,6 @@ MOMENTS = {
 }  # fp32 values a parameter that an optimizer keeps; others: 2
 
 
-def checkpoint_bytes(parameters: int, optimizer: str) -> int:
-    """At most what the tensors of a checkpoint take: fp32 weights and moments."""
-    return 4 * parameters * (1 + MOMENTS.get(optimizer, 2))
+def checkpoint_bytes(parameters: int, optimizer: str, trained: int | None = None) -> int:
+    """At most what the tensors of a checkpoint take: fp32 weights, and moments of the trained; None: all."""
+    return 4 * (parameters + MOMENTS.get(optimizer, 2) * (parameters if trained is None else trained))

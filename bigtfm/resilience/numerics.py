@@ -54,7 +54,8 @@ class Watch:
             where = name or "the model"
             handles.append(module.register_forward_hook(partial(self._returned, where)))
         for name, parameter in model.named_parameters():
-            handles.append(parameter.register_hook(partial(self._parameter, f"gradient of {name}")))
+            if parameter.requires_grad:
+                handles.append(parameter.register_hook(partial(self._parameter, f"gradient of {name}")))
         try:
             yield
         finally:
