@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self, job: Job, progress: Progress, device: str) -> None:
         run, resolved = job.run, job.resolved
         self._job, self._began = job, time.monotonic()
-        self._flops = flops_per_token(run.model, resolved.vocab_size, run.seq_len, run.objective)
+        self._flops = flops_per_token(run.model, resolved.vocab_size, run.seq_len, run.objective, run.tune)
         self._peak = peak_flops(device, resolved.precision)
         self._log = MetricsLog(run.run_dir / "metrics.jsonl", run.save.retry_seconds)
         last = self._log.truncate_after(progress.step)

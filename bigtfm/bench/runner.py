@@ -168,7 +168,8 @@ def _row_of(
         job, trial = _checked(cell, matrix, data, folder)
     except Problem as problem:
         return row | {"why": f"{problem.where}: {problem.what}"}
-    flops = flops_per_token(job.run.model, job.resolved.vocab_size, job.run.seq_len, job.run.objective)
+    run = job.run
+    flops = flops_per_token(run.model, job.resolved.vocab_size, run.seq_len, run.objective, run.tune)
     row |= {
         "seq_len": job.run.seq_len,
         "parameters": job.resolved.parameters,

@@ -133,7 +133,9 @@ def planned(
     """What a setting comes to there."""
     memory, step = plan_memory(setting), plan_step(setting, rates, target.gpus_per_node)
     peak = target.device.peak(setting.precision) if target.device else None
-    flops = flops_per_token(setting.model, setting.vocab_size, setting.seq_len, setting.objective)
+    flops = flops_per_token(
+        setting.model, setting.vocab_size, setting.seq_len, setting.objective, setting.tune
+    )
     mfu = step.tokens_per_second * flops / (peak * target.ranks) if peak else None
     unknown = tuple(_unknown(setting, target, step, steps, compiled))
     once, seconds = setting.micro_batch * setting.world_size, 0.0

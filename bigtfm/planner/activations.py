@@ -10,12 +10,12 @@ Recomputation", count the same way: 34 bytes x hidden size a token and block in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bigtfm.config.loss_path import GPU_LOGITS_BYTES, LOGITS_BYTES, LossPath
-from bigtfm.config.sections import HEADED, ModelSection, ObjectiveSection
-from bigtfm.planner.parameters import Parameter, block_parameters, parameters_of
+from bigtfm.config.sections import HEADED, ModelSection, ObjectiveSection, TuneSection
+from bigtfm.planner.parameters import Parameter, block_parameters, parameters_of, with_adapters
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Shapes:
     recompute: str | int
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     loss: LossPath = "whole"
+    tune: TuneSection = field(default_factory=TuneSection)
 
 
 def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
@@ -110,7 +111,7 @@ def segments(shapes: Shapes, batch: Batch) -> list[Segment]:
         found += _stack(shapes, batch, "decoder", batch.tokens, layers)
     if model.family == "bert" and shapes.objective.kind not in HEADED:
         found.append(_masked_head(shapes, batch))
-    return found
+    return [_adapted(shapes, batch, segment) for segment in found] if shapes.tune.lora_rank else found
 
 
 def loss_bytes(shapes: Shapes, batch: Batch) -> tuple[int, int]:
@@ -128,10 +129,13 @@ def loss_bytes(shapes: Shapes, batch: Batch) -> tuple[int, int]:
     if shapes.loss == "chunked":
         bias = 4 * shapes.vocab_size * shapes.model.head_bias
         hidden, vocab, size = shapes.model.hidden_size, shapes.vocab_size, shapes.value_bytes
-        kept = (size * batch.labelled + 4 * vocab) * hidden + bias
+        learns = shapes.tune.learns(
+            "embed_tokens.weight" if shapes.model.tied_embeddings else "lm_head.weight"
+        )
+        kept = (size * batch.labelled + 4 * vocab * learns) * hidden + bias
         chunk = min(4 * batch.labelled * vocab, LOGITS_BYTES if shapes.on_cpu else GPU_LOGITS_BYTES)
         if size == 2:  # the chunk in both types, and its share of the output layer's gradient
-            chunk += chunk // 2 + size * vocab * hidden
+            chunk += chunk // 2 + size * vocab * hidden * learns
         return kept, kept + chunk
     rows = batch.labelled
     one, padded = 4 * rows * shapes.vocab_size, rows * shapes.model.padded_vocab_size(shapes.vocab_size)
@@ -202,6 +206,48 @@ def block(shapes: Shapes, batch: Batch, side: str, tokens: int, index: int) -> S
         recompute = "none" if index % recompute else "full"
     weights = tuple(block_parameters(model, side, index))
     return Segment(f"{side} block {index}", tuple(ops), stream, recompute, weights)  # type: ignore[arg-type]
+
+
+def _adapted(shapes: Shapes, batch: Batch, segment: Segment) -> Segment:
+    """A segment whose own weights stay as they are, with the adapters of its matrices.
+
+    No gradient goes into an embedding, nor through the first norm. A frozen matrix keeps no input; an adapter
+    keeps it, and its product with A. On a CPU a frozen RMSNorm does not keep what its weight multiplies.
+    """
+    model, tune, size = shapes.model, shapes.tune, shapes.value_bytes
+    side = segment.name.partition(" ")[0]
+    tokens = batch.read if model.family == "encoder_decoder" and side == "encoder" else batch.tokens
+    unkept = {"embedding", "embed norm", "labelled"}
+    if side == "decoder":  # an encoder's is kept by what attends to it
+        unkept.add("output")
+    if segment.name.endswith("block 0") and model.norm_order == "pre":
+        unkept.add("attention norm")
+
+    def adapted(op: Op) -> Op:
+        if op.name in unkept:
+            return replace(op, keeps=0)
+        if op.name == "relative bias":
+            return replace(op, keeps=op.keeps - 8 * batch.longest**2)
+        if op.name.endswith("norm"):
+            rows = batch.labelled if segment.name == "masked-token head" else tokens
+            composed = model.norm == "rmsnorm" and shapes.on_cpu
+            return replace(op, keeps=op.keeps - 4 * rows * model.hidden_size * composed)
+        matrix = next(
+            (w for w in segment.weights if len(w.shape) > 1 and w.name[:-6].endswith(op.owns)), None
+        )
+        if matrix is None or not op.owns or ".layers." not in matrix.name:
+            return op
+        if not tune.adapts(matrix.name):
+            relu = op.name == "mlp.down" and model.activation == "relu"  # which looks at its output
+            return replace(op, keeps=op.keeps * relu)
+        low, out = (tokens * count * size for count in (tune.lora_rank, matrix.shape[0]))
+        return replace(op, keeps=op.keeps + low, products=op.products + low + out, needs=op.needs + out)
+
+    return replace(
+        segment,
+        ops=tuple(map(adapted, segment.ops)),
+        weights=tuple(with_adapters(list(segment.weights), tune)),
+    )
 
 
 def _norm(shapes: Shapes, name: str, tokens: int, stream: int) -> Op:
@@ -296,7 +342,7 @@ def _masked_head(shapes: Shapes, batch: Batch) -> Segment:
     rows = batch.labelled * model.hidden_size * shapes.value_bytes
     stream = batch.tokens * model.hidden_size * shapes.value_bytes
     weights = tuple(p for p in parameters_of(model, shapes.vocab_size) if p.name.startswith("mlm_head."))
-    output = 0 if shapes.loss == "chunked" else rows
+    output = 0 if shapes.loss == "chunked" or shapes.tune.lora_rank else rows
     ops = (
         Op("labelled", keeps=rows, needs=stream, leaves=stream),
         Op("dense", needs=rows, leaves=rows, owns=(".dense.",)),

@@ -44,12 +44,13 @@ class CommunicationPlan:
 def plan_communication(setting: Setting, gpus_per_node: int) -> CommunicationPlan:
     """The collectives of one optimizer step."""
     ranks, size, accumulation = setting.world_size, setting.value_bytes, setting.accumulation
-    count = sum(parameter.numel for parameter in setting.parameters)
+    count, trained = (sum(p.numel for p in found) for found in (setting.parameters, setting.trained))
     nodes = -(-ranks // gpus_per_node)
     if ranks == 1:
         return CommunicationPlan(0, 0, 0, 0, 1)
-    tensors, once = len(setting.parameters), count * size * (ranks - 1) / ranks
-    buckets = -(-count // int(setting.zero.get("reduce_bucket_size", REDUCE_BUCKET)))
+    tensors, share = len(setting.parameters), size * (ranks - 1) / ranks
+    gathered, once = count * share, trained * share
+    buckets = -(-trained // int(setting.zero.get("reduce_bucket_size", REDUCE_BUCKET)))
     if setting.stage == 0:
         return CommunicationPlan(round(2 * once), 0, 0, buckets, nodes)
     if setting.stage < 3:
@@ -63,5 +64,5 @@ def plan_communication(setting: Setting, gpus_per_node: int) -> CommunicationPla
     gathers = 1 + (min(tensors, count // prefetched) if prefetched else tensors)
     calls = accumulation * round(gathers * (1 + again) + buckets) + 1
     return CommunicationPlan(
-        0, round(once * accumulation * (1 + again)), round(once * accumulation), calls, nodes
+        0, round(gathered * accumulation * (1 + again)), round(once * accumulation), calls, nodes
     )

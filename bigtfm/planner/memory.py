@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigtfm.config.sections import HEADED
 from bigtfm.planner.activations import Segment, loss_bytes, segments
 from bigtfm.planner.parameters import MOMENTS, Parameter
 from bigtfm.planner.setting import BYTES, Setting
@@ -83,39 +84,40 @@ class _Lasting:
 def _groups(setting: Setting) -> list[list[Parameter]]:
     """Matrices, which decay, and vectors: `engine.build.parameter_groups`."""
     if setting.optimizer == "Adagrad":
-        return [setting.parameters]
+        return [setting.trained]
     unused = setting.model.next_sentence and not setting.objective.next_sentence
     matrices = [
-        p for p in setting.parameters
+        p for p in setting.trained
         if len(p.shape) > 1 and not (unused and p.name.startswith("next_sentence."))
     ]  # fmt: skip
-    vectors = [p for p in setting.parameters if p not in matrices]
+    vectors = [p for p in setting.trained if p not in matrices]
     return [group for group in (matrices, vectors) if group]
 
 
 def _lasting(setting: Setting) -> _Lasting:
     ranks, size, stage = setting.world_size, setting.value_bytes, setting.stage
     groups = _groups(setting)
-    total = sum(p.numel for p in setting.parameters)
+    frozen = [p for p in setting.parameters if not setting.tune.learns(p.name)]
+    total = sum(p.numel for p in setting.trained)
     moments = 4 * MOMENTS.get(setting.optimizer, 2)
     state = _Lasting()
     if stage == 0:
-        state.weights, state.partition = size * total, total
-        state.largest = max(p.numel for p in setting.parameters)
+        state.weights, state.partition = size * sum(p.numel for p in setting.parameters), total
+        state.largest = max(p.numel for p in setting.trained)
         state.owned = total
         state.optimizer = total * (moments + (4 if size == 2 else 0))
         return state
     if stage < 3:
         flats = [_padded(sum(p.numel for p in group), 2 * ranks) for group in groups]
         shares = [flat // ranks for flat in flats]
-        state.weights = size * sum(flats)
+        state.weights = size * (sum(flats) + sum(p.numel for p in frozen))
         state.owned = max(
             sum(_overlapping(group, share, rank) for group, share in zip(groups, shares, strict=True))
             for rank in {0, ranks // 2, ranks - 1}
         )
     else:
         shares = [sum(-(-p.numel // ranks) for p in group) for group in groups]
-        state.weights = size * sum(shares)
+        state.weights = size * (sum(shares) + sum(-(-p.numel // ranks) for p in frozen))
         state.owned = sum(shares)
         state.gradients = BYTES[setting.grad_accum_dtype] * sum(shares)
         state.buckets = size * _elements(setting, "reduce_bucket_size") * _contiguous(setting)
@@ -204,6 +206,9 @@ class _Step:
         parts = segments(self.setting.shapes, self.setting.batch)
         self._gradients_of_earlier_micro_batches()
         self._look("start")
+        self._look("forward", activations=max(segment.whole for segment in parts))
+        if self.setting.tune.train == "head":
+            parts = []  # no backward goes through the stack
         for segment in parts:
             self.live["activations"] += segment.kept
         self._gather_weights()
@@ -226,7 +231,7 @@ class _Step:
             self.at_peak = {name: self.live[name] + more.get(name, 0) for name in CATEGORIES}
 
     def _gradients_of_earlier_micro_batches(self) -> None:
-        stage, total = self.setting.stage, sum(p.numel for p in self.setting.parameters)
+        stage, total = self.setting.stage, sum(p.numel for p in self.setting.trained)
         if not self.accumulated:
             return
         if stage < 2:
@@ -284,6 +289,9 @@ class _Step:
     def _head_backward(self) -> None:
         setting, batch = self.setting, self.setting.batch
         model, size = setting.model, self.size
+        if setting.objective.kind in HEADED:
+            self._arrive([p for p in setting.parameters if p.name.startswith("task_head.")])
+            return
         rows, padded = batch.labelled, setting.model.padded_vocab_size(setting.vocab_size)
         one, product = 4 * rows * setting.vocab_size, size * rows * padded
         path = setting.shapes.loss
@@ -293,7 +301,8 @@ class _Step:
             self._look("loss", logits=one + one // 2)
         if path == "whole" and padded != setting.vocab_size:
             self._look("loss", logits=2 * product)
-        weight = padded * model.hidden_size * size
+        owner = "embed_tokens" if model.tied_embeddings else "lm_head"
+        weight = padded * model.hidden_size * size * setting.tune.learns(f"{owner}.weight")
         features = rows * model.hidden_size * size
         self._look("backward of the output layer", logits=product, working=features + weight)
         if model.tied_embeddings:
@@ -310,6 +319,7 @@ class _Step:
         flow = segment.input or segment.ops[-1].leaves
         for op in reversed(segment.ops):
             owned = [p for p in segment.weights if any(part in p.name for part in op.owns)]
+            owned = [p for p in owned if self.setting.tune.learns(p.name)]
             made = self.size * sum(p.numel for p in owned)
             moment = f"backward of {segment.name}, {op.name}"
             self._look(moment, working=flow + op.needs + made, buckets=self.in_flight)
@@ -331,6 +341,8 @@ class _Step:
     def _embedding_backward(self) -> None:
         setting = self.setting
         weight = setting.parameters[0]
+        if not setting.tune.learns(weight.name):
+            return
         stream = setting.batch.tokens * setting.model.hidden_size * self.size
         self._look("backward of the embedding", working=stream + weight.numel * self.size)
         self.live["working"] -= self.tied_gradient
@@ -340,6 +352,8 @@ class _Step:
         """Gradients of weights: where a stage puts them."""
         stage, size = self.setting.stage, self.size
         for weight in weights:
+            if not self.setting.tune.learns(weight.name):
+                continue
             made = weight.numel * size
             if stage in (1, 2):
                 self._make_bucket()
@@ -365,7 +379,7 @@ class _Step:
     def _reduce_the_rest(self) -> None:
         setting = self.setting
         if setting.stage == 1:
-            total = sum(p.numel for p in setting.parameters)
+            total = sum(p.numel for p in setting.trained)
             self.in_bucket = min(total, _elements(setting, "reduce_bucket_size"))
             self.live["gradients"] -= self.in_bucket * self._gradient_bytes
             self._look("reduction of gradients", buckets=self.in_bucket * self._gradient_bytes)

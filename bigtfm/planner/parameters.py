@@ -41,7 +41,7 @@ def parameters_of(
 
 def with_adapters(parameters: list[Parameter], tune: TuneSection) -> Iterator[Parameter]:
     """Behind a matrix of a block and its bias, those of its adapter."""
-    for parameter, following in zip(parameters, [*parameters[1:], None], strict=True):
+    for parameter, following in zip(parameters, [*parameters, None][1:], strict=True):
         path, _, kind = parameter.name.rpartition(".")
         if kind == "weight":
             shape = parameter.shape

@@ -90,8 +90,8 @@ def _makes_sense(setting: Setting, stage: int, offload: dict[str, str]) -> bool:
 
 def bucket_size(setting: Setting) -> int:
     """Elements of a reduce bucket: the largest weight, or enough for a link; DeepSpeed's takes 1 GB."""
-    largest = max(parameter.numel for parameter in setting.parameters)
-    total = sum(parameter.numel for parameter in setting.parameters)
+    largest = max(parameter.numel for parameter in setting.trained)
+    total = sum(parameter.numel for parameter in setting.trained)
     return max(largest, min(total, 50_000_000))
 
 

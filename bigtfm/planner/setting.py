@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from bigtfm.config.deepspeed import DeepSpeedConfig, acting_stage
 from bigtfm.config.loss_path import LossPath, loss_path
 from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import ModelSection, ObjectiveSection
+from bigtfm.config.sections import ModelSection, ObjectiveSection, TuneSection
 from bigtfm.planner.activations import Batch, Shapes, batch_of
 from bigtfm.planner.hardware import device_of
 from bigtfm.planner.parameters import Parameter, parameters_of
@@ -41,6 +41,7 @@ class Setting:
     device: str  # "cpu", or a GPU's name
     runs: int = 2  # of documents of equal length in a micro batch, at most
     loss: Literal["auto"] | LossPath = "auto"  # as compute.loss
+    tune: TuneSection = field(default_factory=TuneSection)
 
     @property
     def on_cpu(self) -> bool:
@@ -67,7 +68,12 @@ class Setting:
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        return parameters_of(self.model, self.vocab_size, self.objective.kind)
+        return parameters_of(self.model, self.vocab_size, self.objective.kind, self.tune)
+
+    @cached_property
+    def trained(self) -> list[Parameter]:
+        """Those that learn; the others are weights in the model's precision, and nothing else."""
+        return [parameter for parameter in self.parameters if self.tune.learns(parameter.name)]
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -89,6 +95,7 @@ class Setting:
             self.recompute,
             self.objective,
             path,
+            self.tune,
         )
 
     @cached_property
@@ -138,4 +145,5 @@ def setting_of(
         device=device,
         runs=runs,
         loss=run.compute.loss,
+        tune=run.tune,
     )

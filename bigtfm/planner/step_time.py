@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bigtfm.config.problems import ConfigProblem
+from bigtfm.config.sections import ADAPTERS
 from bigtfm.planner.activations import loss_bytes, segments
 from bigtfm.planner.communication import CommunicationPlan, plan_communication
 from bigtfm.planner.hardware import Device
 from bigtfm.planner.parameters import MOMENTS, block_matrices, cross_matrices
 from bigtfm.planner.setting import Setting
+from bigtfm.planner.throughput import passes
 
 # Of a data sheet's peaks, what large operations reach; assumed. On one H200 a product of 8192 x 8192 x 8192
 # in bf16 ran at 770 to 798 of 989 TFLOP/s, and a copy at 4.3 of 4.8 TB/s.
@@ -132,7 +134,7 @@ def work_of(setting: Setting, gpus_per_node: int = 8) -> Work:
     attention, attention_again = _attention(setting), 0.0
     blocks = [part for part in parts if "block" in part.name]
     full = [part for part in blocks if part.recompute == "full"]
-    if full:
+    if full and passes(setting.tune) > 1:
         share = len(full) / len(blocks)
         again, attention_again = share * forward[0], share * attention
     elements = sum(part.whole for part in parts)
@@ -145,19 +147,19 @@ def work_of(setting: Setting, gpus_per_node: int = 8) -> Work:
     updated = _updated(setting)
     offloaded = setting.offload("optimizer") != "none" and not setting.on_cpu
     communication = plan_communication(setting, gpus_per_node)
-    count = sum(parameter.numel for parameter in setting.parameters)
+    count, trained = (sum(p.numel for p in found) for found in (setting.parameters, setting.trained))
     moved = 0.0
     if offloaded:
         moved += 2 * size * updated
     if setting.offload("param") != "none" and not setting.on_cpu:
         moved += 2 * micro * size * count / setting.world_size
     return Work(
-        products=micro * (3 * sum(forward) + again),
-        attention=micro * (3.5 * attention + attention_again),
-        traffic=micro * traffic + 3 * size * count * micro,  # weights read twice, a gradient written
+        products=micro * (passes(setting.tune) * sum(forward) + 3 * _adapter_products(setting) + again),
+        attention=micro * ((3.5 if passes(setting.tune) > 1 else 1) * attention + attention_again),
+        traffic=micro * (traffic + size * (2 * count + trained)),  # weights read twice, a gradient written
         operations=micro * operations,
         update=updated * (16 + 8 * MOMENTS.get(setting.optimizer, 2) + 2 * size),
-        tensors=len(setting.parameters) * (micro if setting.stage else 1),
+        tensors=len(setting.trained) * (micro if setting.stage else 1),
         sent=communication.sent,
         between_nodes=communication.between_nodes(gpus_per_node),
         calls=communication.calls,
@@ -167,7 +169,7 @@ def work_of(setting: Setting, gpus_per_node: int = 8) -> Work:
 
 
 def _updated(setting: Setting) -> float:
-    count = sum(parameter.numel for parameter in setting.parameters)
+    count = sum(parameter.numel for parameter in setting.trained)
     return count / (setting.world_size if setting.stage else 1)
 
 
@@ -184,6 +186,16 @@ def _products(setting: Setting) -> tuple[float, float]:
     decoder = (block + queries + out) * batch.tokens + keys_values * batch.read
     blocks = model.num_layers * block * batch.read + model.decoder_layers * decoder
     return 2.0 * blocks, 2.0 * rows
+
+
+def _adapter_products(setting: Setting) -> float:
+    """FLOPs of the adapters in a forward pass of one micro batch."""
+    batch, read = setting.batch, setting.model.family == "encoder_decoder"
+    return sum(
+        2.0 * p.numel * (batch.read if read and p.name.startswith("encoder.") else batch.tokens)
+        for p in setting.parameters
+        if p.name.endswith(ADAPTERS)
+    )
 
 
 def _attention(setting: Setting) -> float:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from bigtfm.config.sections import HEADED, ModelSection, ObjectiveSection
+from bigtfm.config.sections import HEADED, ModelSection, ObjectiveSection, TuneSection
 from bigtfm.planner.hardware import device_of
-from bigtfm.planner.parameters import block_matrices, cross_matrices
+from bigtfm.planner.parameters import Matrix, block_matrices, cross_matrices
+
+
+def passes(tune: TuneSection) -> int:
+    """How many products of a frozen or trained matrix's size a step has: with its input; for the gradient of
+    that, unless no adapter lies before; for its own gradient, where the matrix itself is trained.
+    """
+    if tune.train == "head":
+        return 1
+    return 2 if tune.lora_rank else 3
 
 
 def flops_per_token(
-    model: ModelSection, vocab_size: int, seq_len: int, objective: ObjectiveSection | None = None
+    model: ModelSection,
+    vocab_size: int,
+    seq_len: int,
+    objective: ObjectiveSection | None = None,
+    tune: TuneSection | None = None,
 ) -> int:
     """FLOPs of one trained token, forward and backward: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
@@ -23,29 +36,37 @@ def flops_per_token(
     not progress: it is left out, so the MFU falls when it is on.
 
     A token is one of the text. A bert asks its output layer about the hidden ones alone; an encoder_decoder
-    reads and writes as many as the objective makes of it.
+    reads and writes as many as the objective makes of it. What `tune` leaves as it is takes 4 operations, in
+    front of a head that alone is trained 2; adapters count as weights.
     """
-    objective = objective or ObjectiveSection()
+    objective, tune = objective or ObjectiveSection(), tune or TuneSection()
     hidden, width = model.hidden_size, model.num_attention_heads * model.head_size
-    block = sum(in_ * out for in_, out, _ in block_matrices(model))
-    output = vocab_size * hidden
+    share = passes(tune) / 3
+
+    def weights_of(matrix: Matrix, adapted: bool = True) -> float:
+        return share * matrix.in_ * matrix.out + adapted * tune.lora_rank * (matrix.in_ + matrix.out)
+
+    attention, mlp = block_matrices(model)[:2], block_matrices(model)[2:]
+    block = sum(map(weights_of, attention)) + sum(weights_of(m, tune.lora_on == "all") for m in mlp)
+    output, scores = share * vocab_size * hidden, 4 * width * seq_len * (1 if passes(tune) == 1 else 3)
     if objective.kind in HEADED:  # labels instead of a vocabulary: next to nothing
-        return 6 * model.num_layers * block + 12 * model.num_layers * width * seq_len
+        return round(6 * model.num_layers * block) + model.num_layers * scores
     if model.family == "gpt":
-        return 6 * (model.num_layers * block + output) + 12 * model.num_layers * width * seq_len
+        return round(6 * (model.num_layers * block + output)) + model.num_layers * scores
     if model.family == "bert":
-        weights = model.num_layers * block + objective.mask_fraction * (hidden * hidden + output)
-        return round(6 * weights) + 12 * model.num_layers * width * seq_len
+        dense = share * hidden * hidden
+        weights = model.num_layers * block + objective.mask_fraction * (dense + output)
+        return round(6 * weights) + model.num_layers * scores
     hidden_share, spans = objective.mask_fraction, objective.mask_fraction / objective.span_length
     read = 1 - hidden_share + spans
     written = 1.0 if objective.kind == "infilling" else hidden_share + spans
     if objective.kind == "sequence_to_sequence":  # as long as each other: a guess
         read = written = 0.5
-    queries, keys_values, out = (in_ * out for in_, out, _ in cross_matrices(model))
+    queries, keys_values, out = map(weights_of, cross_matrices(model))
     decoder = written * (block + queries + out) + read * keys_values
     weights = model.num_layers * read * block + model.decoder_layers * decoder + written * output
     pairs = model.num_layers * read * read + model.decoder_layers * written * (written + read)
-    return round(6 * weights + 12 * width * seq_len * pairs)
+    return round(6 * weights + scores * pairs)
 
 
 class Peak(NamedTuple):

@@ -11,6 +11,9 @@ import torch
 from gpt2 import GPT2, ON_H100
 
 from bigtfm.bench.memory import LiveBytes
+from bigtfm.config.sections import TuneSection
+from bigtfm.model.lora import add_adapters
+from bigtfm.model.transformer import init_weights
 from bigtfm.planner.activations import Batch, Shapes, loss_bytes, segments
 from bigtfm.planner.memory import plan_memory
 from bigtfm.planner.parameters import checkpoint_bytes, parameters_of
@@ -45,6 +48,37 @@ def test_what_a_forward_keeps(kind: str, recompute: str | int, dtype: torch.dtyp
     batch = Batch(tokens, tokens if config.family == "encoder_decoder" else 0, labelled, 128, runs=1)
     planned = sum(segment.kept for segment in segments(shapes, batch)) + loss_bytes(shapes, batch)[0]
     assert planned == pytest.approx(measured, rel=0.025)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective", 2])
+@pytest.mark.parametrize("on", ["attention", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", small_models.KINDS)
+def test_what_a_forward_keeps_for_adapters(
+    kind: str, dtype: torch.dtype, on: str, recompute: str | int
+) -> None:
+    tune = TuneSection(lora_rank=8, lora_on=on)
+    shape = {"hidden_size": 96, "num_attention_heads": 4, "num_layers": 4, "max_seq_len": 128}
+    model = small_models.make(kind, recompute=recompute, **shape)
+    add_adapters(model, tune)
+    init_weights(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(tune.learns(name))
+    model.train().to(dtype)
+    config, tokens = model.config, 4 * 128
+    inputs = small_models.batch(model, [128] * 4, written=[128] * 4)
+    sorted_out = config.family == "bert" or dtype == torch.float32
+    labelled = int((inputs["labels"] != -100).sum()) if sorted_out else tokens
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    counter = LiveBytes((small_models.VOCAB,))
+    with counter:
+        kept = model(**inputs)
+    measured = sum(born.nbytes for key, born in counter.live.items() if key not in weights)
+    del kept
+    shapes = Shapes(config, small_models.VOCAB, dtype.itemsize, True, True, recompute, tune=tune)
+    batch = Batch(tokens, tokens if config.family == "encoder_decoder" else 0, labelled, 128, runs=1)
+    planned = sum(segment.kept for segment in segments(shapes, batch)) + loss_bytes(shapes, batch)[0]
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
 def test_a_block_is_the_paper_s_34_bytes() -> None:
