@@ -227,7 +227,7 @@ def _adapted(shapes: Shapes, batch: Batch, segment: Segment) -> Segment:
         if op.name in unkept:
             return replace(op, keeps=0)
         if op.name == "relative bias":
-            return replace(op, keeps=op.keeps - 8 * batch.longest**2)
+            return replace(op, keeps=model.num_attention_heads * batch.longest**2 * size)
         if op.name.endswith("norm"):
             rows = batch.labelled if segment.name == "masked-token head" else tokens
             composed = model.norm == "rmsnorm" and shapes.on_cpu
@@ -282,7 +282,7 @@ def _attention(shapes: Shapes, batch: Batch, side: str, tokens: int, index: int)
     turned = width + keys if model.positions == "rotary" else 0
     if turned:
         ops.append(Op("rotary", keeps=0, needs=3 * turned * (4 // size), leaves=stream + qkv))
-    if model.positions == "relative" and shapes.groups_by_length:
+    if model.positions == "relative" and shapes.groups_by_length and not shapes.tune.lora_rank:
         scores = tokens * model.num_attention_heads * batch.longest * 4  # no fused kernel takes it on a CPU
         products = qkv + scores + width
         ops.append(Op("attention", products, products, needs=2 * scores + qkv, leaves=stream + qkv))
