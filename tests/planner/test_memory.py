@@ -78,7 +78,7 @@ def test_what_a_forward_keeps_for_adapters(
     shapes = Shapes(config, small_models.VOCAB, dtype.itemsize, True, True, recompute, tune=tune)
     batch = Batch(tokens, tokens if config.family == "encoder_decoder" else 0, labelled, 128, runs=1)
     planned = sum(segment.kept for segment in segments(shapes, batch)) + loss_bytes(shapes, batch)[0]
-    assert planned == pytest.approx(measured, rel=0.025)
+    assert planned == pytest.approx(measured, rel=0.03)
 
 
 def test_a_block_is_the_paper_s_34_bytes() -> None:
