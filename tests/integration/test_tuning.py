@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rank_runner
@@ -18,6 +20,7 @@ from bigtfm.data.best_fit import pack
 from bigtfm.data.prepare import prepare
 from bigtfm.engine.build import parameter_groups
 from bigtfm.export import export
+from bigtfm.job import check_job
 from bigtfm.model.families import make_model
 from bigtfm.tasks.known import setting_of
 
@@ -60,8 +63,42 @@ def test_what_can_have_no_lr_of_its_own_is_refused() -> None:
             load_run_config(None, wrong)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "changes", "said"),
+    [
+        (["tune.lora_rank=-1"], {}, "greater than or equal to 0"),
+        (["tune.lora_rank=33"], {}, "tune.lora_rank 33 is more than the 32 rows or columns of a matrix"),
+        (["tune.lora_alpha=0", "tune.lora_rank=4"], {}, "tune.lora_alpha must be greater than 0"),
+        (["tune.lora_alpha=8"], {}, "tune.lora_alpha does nothing without tune.lora_rank"),
+        (["tune.lora_rank=4", "tune.lora_on=mlp"], {}, "tune.lora_on must be 'attention' or 'all'"),
+        (["tune.lora_rank=4", "model.keep_zeros=true"], {}, "can't keep the zeros"),
+        (["tune.lora_rank=4", "objective.l1=0.1"], {}, "objective.l1 is a penalty on the weights"),
+        (["tune.lora_rank=4", "tune.embeddings=false", "model.tied_embeddings=false"], {},
+         "tune.embeddings does nothing where adapters are trained"),
+        (["tune.lora_rank=4", "tune.train=head", "model.family=bert", "objective.kind=tagging",
+          "data.packing=best_fit"], {}, "tune.lora_rank does nothing where the head alone is trained"),
+        (["tune.lora_rank=4"],
+         {"optimizer": {"type": "Muon", "params": {"lr": 1e-2}}, "gradient_clipping": 0},
+         "Muon is for the training of whole matrices"),
+        (["tune.lora_rank=4"],
+         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
+         "can't be read from NVMe"),
+    ],
+)  # fmt: skip
+def test_adapters_that_can_t_be(
+    overrides: list[str], changes: dict[str, Any], said: str, tiny_data: Path,
+    deepspeed_json: Callable[..., Path],
+) -> None:  # fmt: skip
+    with pytest.raises(ConfigProblem) as refused:
+        check_job(None, deepspeed_json(**changes), [*TINY, f"data.path={tiny_data}", *overrides], 2)
+    assert said in refused.value.line
+    assert "Fix:" in refused.value.line
+    assert refused.value.exit_code == 64
+
+
 STAGES = (0, 1, 2, 3)
-WAYS = {"decay": "tune.layer_decay=0.5", "head": "tune.train=head", "all": "tune.train=all"}
+WAYS = {"decay": "tune.layer_decay=0.5", "head": "tune.train=head", "lora": "tune.lora_rank=4",
+        "all": "tune.train=all"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

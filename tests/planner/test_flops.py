@@ -7,7 +7,7 @@ import time
 import pytest
 from gpt2 import GPT2
 
-from bigtfm.config.sections import ModelSection, ObjectiveSection
+from bigtfm.config.sections import ModelSection, ObjectiveSection, TuneSection
 from bigtfm.planner.parameters import count_parameters
 from bigtfm.planner.throughput import flops_per_token, peak_flops
 
@@ -117,3 +117,14 @@ def test_an_encoder_decoder_reads_and_writes_what_the_objective_makes_of_a_token
     assert flops_per_token(both, 100, 512, spans) == pytest.approx(6 * weights + 12 * 64 * 512 * pairs, abs=1)
     whole = ObjectiveSection(kind="infilling", mask_fraction=0.3, span_length=3.0)
     assert flops_per_token(both, 100, 512, whole) > 1.5 * flops_per_token(both, 100, 512, spans)
+
+
+def test_frozen_weights_by_hand() -> None:
+    """Their own gradient is not computed: 4 operations; in front of a head that alone learns 2."""
+    blocks, output, scores = 12 * 12 * 768 * 768, 50257 * 768, 12 * 768 * 1024
+    adapters = 12 * 8 * ((768 + 3 * 768) + (768 + 768))
+    lora = flops_per_token(GPT2, 50257, 1024, tune=TuneSection(lora_rank=8, lora_on="attention"))
+    assert lora == 4 * (blocks + output) + 6 * adapters + 12 * scores
+    tagging = ObjectiveSection(kind="tagging")
+    head = flops_per_token(GPT2, 50257, 1024, tagging, TuneSection(train="head"))
+    assert head == 2 * blocks + 4 * scores

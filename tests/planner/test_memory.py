@@ -111,6 +111,26 @@ def test_model_states_by_hand() -> None:
     assert plans[0].states == 16 * count
 
 
+@pytest.mark.parametrize("on", ["attention", "all"])
+def test_states_of_adapters_by_hand(on: str) -> None:
+    """Rank 8 on 12 blocks: 2 bytes of a frozen weight, whole below stage 3; 2 + 2 + 12 of a trained one."""
+    count, blocks, hidden = 124_439_808, 12, 768
+    attention = 8 * (hidden + 3 * hidden) + 8 * (hidden + hidden)
+    mlp = 2 * 8 * (hidden + 4 * hidden)
+    trained = blocks * (attention + (mlp if on == "all" else 0))
+    assert trained == (1_179_648 if on == "all" else 442_368)
+    tune = TuneSection(lora_rank=8, lora_on=on)
+    plans = [
+        plan_memory(replace(ON_H100, tune=tune, zero={"stage": stage, "reduce_bucket_size": 1}))
+        for stage in range(4)
+    ]
+    assert plans[0].states == 2 * count + 16 * trained
+    assert [plan.weights for plan in plans] == [2 * (count + trained)] * 3 + [(count + trained) // 4]
+    assert [plan.optimizer for plan in plans] == [12 * trained] + [12 * trained // 8] * 3
+    whole = plan_memory(replace(ON_H100, zero={"stage": 0, "reduce_bucket_size": 1}))
+    assert plans[0].states < whole.states / 6
+
+
 def test_loss_by_hand() -> None:
     """GPT-2's logits of 8 x 1024 tokens: three fp32 tensors of 8192 x 50257, the most of all."""
     plan = plan_memory(replace(ON_H100, loss="whole"))
@@ -135,3 +155,4 @@ def test_categories_sum_to_the_peak() -> None:
 def test_a_checkpoint() -> None:
     assert checkpoint_bytes(1000, "AdamW") == 12_000
     assert checkpoint_bytes(1000, "SGD") == 8_000
+    assert checkpoint_bytes(1000, "AdamW", trained=10) == 4 * (1000 + 2 * 10)
