@@ -68,6 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
             ("decay", other_decay, []),
             ("batch", other_batch, []),
             ("cut", base, ["steps=6"]),
+            ("ramp-3", base, ["rampup_sizes=4", "rampup_steps=3"]),
+            ("ramp-6", base, ["rampup_sizes=4", "rampup_steps=6"]),
         )
     ]
     for share in (1, 3):
@@ -176,6 +178,14 @@ def test_a_step_that_one_run_left_out(doctored: Callable[..., Comparison]) -> No
 
     said = "B left out step 7, whose loss or gradient was not finite (its events.jsonl says why)"
     assert likely_cause(doctored(change)) == (said, ())
+
+
+def test_another_ramp_up_of_the_batch_is_named(runs: Path) -> None:
+    for other, step, key in (("ramp-6", 4, "batch.rampup_steps"), ("base", 1, "batch.rampup_sizes")):
+        c = compared(runs, "ramp-3", other)
+        assert c.step == step
+        said, keys = likely_cause(c)
+        assert key in keys, said
 
 
 def test_a_run_that_went_back_after_a_spike(doctored: Callable[..., Comparison], tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def _left_out(c: Comparison, step: int) -> str:
 
 
 def _another_batch(c: Comparison, step: int) -> str:
-    """Which run takes more or fewer tokens a step than before."""
+    """Which run takes more or fewer tokens a step than before, without a ramp-up that would tell why."""
+    if any(key.startswith("batch.") for run in (c.a, c.b) for key in run.settings):
+        return ""
     for name, run in (("A", c.a), ("B", c.b)):
         now, earlier = _tokens(run, step), {_tokens(run, at) for at in range(max(1, step - BEFORE), step)}
         before = earlier.pop() if len(earlier) == 1 else None  # packed documents come in varying numbers

@@ -151,7 +151,9 @@ def _costs(axes: Any, measured: Measured) -> None:
     axes.plot(shown, [scale.examples(size) for size in shown], "o-", color=_EXAMPLES, ms=4, label="sequences")
     if measured.batch:
         axes.axvline(measured.batch, color=_OWN, linestyle="--", linewidth=1, label="the run's batch")
-    axes.legend(fontsize=8)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.legend(fontsize=8, loc="upper center")
 
 
 def _growth(axes: Any, report: Report) -> None:
@@ -165,5 +167,6 @@ def _growth(axes: Any, report: Report) -> None:
     if batches:
         axes.plot(*zip(*batches, strict=True), "--", color=_OWN, linewidth=1, label="the run's batch")
     axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.set(title="over the training", xlabel="step", ylabel="sequences")
     axes.legend(fontsize=8)
