@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from bigtfm.config.run import load_run_config
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 ROPE = {"max_position_embeddings": 64, "num_key_value_heads": 2, "vocab_size": 101}
@@ -114,6 +117,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         "MarianMTModel",
     ),
 }
+
+
+def overrides(run_toml: Path) -> list[str]:
+    """What `--config run.toml` says, as key=value."""
+    run = load_run_config(run_toml)
+    found = []
+    for table in ("model", "objective"):
+        for key, value in getattr(run, table).model_dump(exclude_defaults=True).items():
+            found.append(f"{table}.{key}={json.dumps(value)}")
+    return found
 
 
 def make(name: str, folder: Path) -> Path:

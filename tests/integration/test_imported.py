@@ -14,7 +14,6 @@ import torch
 from conftest import losses
 from safetensors.torch import load_file
 
-from bigtfm.config.run import load_run_config
 from bigtfm.data.tokenizer import load_tokenizer
 from bigtfm.huggingface.export_hf import export_hf
 from bigtfm.huggingface.import_hf import import_hf
@@ -23,16 +22,6 @@ pytestmark = pytest.mark.launcher
 
 VOCAB = 640  # the tokenizer's 512, and what objectives add
 QUIET = ("track.mlflow=false", "eval.every=0", "eval.tokens=512", "save.every=0", "run.steps=2")
-
-
-def overrides(run_toml: Path) -> list[str]:
-    """What `--config run.toml` says, as key=value."""
-    run = load_run_config(run_toml)
-    found = []
-    for table in ("model", "objective"):
-        for key, value in getattr(run, table).model_dump(exclude_defaults=True).items():
-            found.append(f"{table}.{key}={json.dumps(value)}")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
             start = folder / f"runs/{name}-start"
             import_hf(str(folder / name), start)
             data = [f"data.path={tiny_data}", f"run.name={name}", f"run.init_from={start}"]
-            jobs.append(["zero2.json", *overrides(start / "run.toml"), *data, *QUIET])
+            jobs.append(["zero2.json", *hf_models.overrides(start / "run.toml"), *data, *QUIET])
     finished = rank_runner.train_all(jobs, folder, world_size=1)
     assert finished.code == 0, finished.output[-3000:]
     return folder
