@@ -83,6 +83,17 @@ def configurations() -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     yield of("t5's positions", 2, "model.family=encoder_decoder", "model.positions=relative", layers=2)
     yield of("short documents", 2, "documents=short", micro=8)
     yield of("whole bucket by default", 2, zero={"reduce_bucket_size": 500_000_000})
+    adapted = "tune.lora_rank=8"
+    for stage in (0, 2, 3):
+        yield of(f"adapters, stage {stage}", stage, adapted, hidden=384, seq_len=32)
+    yield of(
+        "adapters of attention, recompute full",
+        2,
+        adapted,
+        "tune.lora_on=attention",
+        "compute.recompute=full",
+    )
+    yield of("bf16, adapters", 2, adapted, **small, **bf16)
     yield of("bf16, stage 0", 0, **small, **bf16)
     yield of("bf16, stage 2, fp32 sums", 2, **small, **bf16, data_types={"grad_accum_dtype": "fp32"})
     yield of("bf16, stage 3", 3, **small, **bf16)

@@ -60,6 +60,11 @@ RUN = {
     "bigtfm evaluate --run runs/party --data bigtfm/data/corpus/state_of_the_union.jsonl --column "
     "label=party": AS_IT_STANDS,
     "bigtfm predict --run runs/party --data bigtfm/data/corpus/state_of_the_union.jsonl": AS_IT_STANDS,
+    "bigtfm train --deepspeed_config ds_configs/zero2_fp32.json --config configs/quickstart.toml "
+    "data.path=data/mine run.init_from=runs/mine run.name=adapted tune.lora_rank=8 steps=20": (
+        f"{{}} steps=3 {SHORT}"
+    ),
+    'bigtfm generate --run runs/adapted --prompt "Once upon a time" --max-new-tokens 20': AS_IT_STANDS,
     "bigtfm evaluate --run runs/mine --data my.txt": AS_IT_STANDS,
     "bigtfm compress --run runs/mine --out runs/mine-int8 --method int8": "{} --eval-tokens 1024",
     'bigtfm generate --run runs/mine-int8 --prompt "Once upon a time" --max-new-tokens 20': AS_IT_STANDS,
