@@ -25,7 +25,7 @@ AGAIN = 75  # exit code: repeat the command
 
 
 class Goal(NamedTuple):
-    """Of a row; None: its goal is a ratio to a peer on the same GPU, which benchmarks/peers measures."""
+    """Of a row; None: it is a ratio to a peer on the same GPU, or asks which of several ways is the fastest."""
 
     tokens_per_second: float | None
     mfu: float | None
@@ -40,6 +40,9 @@ GOALS = {
     "Llama 8B, T 8192": Goal(7_300, 0.43),
     "BERT base, T 512, packed": Goal(None, None),
     "encoder-decoder, T 512": Goal(None, None),
+    "the loss's ways: GPT-2 124M, T 1024": Goal(None, None),
+    "kernels, not compiled: Llama 1B, T 2048": Goal(None, None),
+    "8-bit products: Llama 8B, T 8192": Goal(None, None),
 }
 SMALL = ("model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2", "model.max_seq_len=64")
 _SHAPE = ("model.ffn_hidden_size=64", "model.num_kv_heads=2", "model.head_dim=16")
@@ -92,6 +95,7 @@ def tiny(matrix: Matrix) -> Matrix:
             "micro_batch": 2,
             "accumulation": 2,
             "global_batch": None,
+            "seq_len": None,
             "compile": False,
         }
         cells.append((grid, cell.model_copy(update=changes)))

@@ -280,6 +280,19 @@ def acting_stage(zero: Mapping[str, Any], *, optimizer: str, precision: str, wor
     return 0 if spared else stage
 
 
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in elements
+
+
+def reduce_bucket(zero: Mapping[str, Any], parameters: int) -> int:
+    """Gradients that are reduced together, in elements: what the JSON says, or DeepSpeed's default.
+
+    It allocates that many, however few parameters there are: of a smaller model, all of them at once.
+
+    zero: the section zero_optimization.
+    """
+    return int(zero.get("reduce_bucket_size", min(REDUCE_BUCKET, parameters)))
+
+
 def load_deepspeed_json(path: Path) -> DeepSpeedConfig:
     """Read a DeepSpeed JSON and validate all of it that does not depend on the number of ranks.
 

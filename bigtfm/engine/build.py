@@ -17,7 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from bigtfm.config.deepspeed import acting_stage
+from bigtfm.config.deepspeed import acting_stage, reduce_bucket
 from bigtfm.config.deepspeed_rules import LAYER_WISE
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ComputeSection, TuneSection
@@ -65,6 +65,9 @@ def build_engine(
     init_weights(model, gather=_gather if stage == 3 else nullcontext)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tune.learns(name))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in learning)
+    zero["reduce_bucket_size"] = reduce_bucket(zero, elements)
     if model.config.keep_zeros:
         for _, layer in block_linears(model):
             if layer.weight.requires_grad:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigtfm.config.deepspeed import reduce_bucket
 from bigtfm.planner.setting import Setting
 
-REUSE_DISTANCE = 1_000_000_000  # elements; DeepSpeed's default, as the next two
-REDUCE_BUCKET = 500_000_000
+REUSE_DISTANCE = 1_000_000_000  # elements; DeepSpeed's default, as the next
 PREFETCH_BUCKET = 50_000_000
 
 
@@ -50,7 +50,7 @@ def plan_communication(setting: Setting, gpus_per_node: int) -> CommunicationPla
         return CommunicationPlan(0, 0, 0, 0, 1)
     tensors, share = len(setting.parameters), size * (ranks - 1) / ranks
     gathered, once = count * share, trained * share
-    buckets = -(-trained // int(setting.zero.get("reduce_bucket_size", REDUCE_BUCKET)))
+    buckets = -(-trained // reduce_bucket(setting.zero, trained))
     if setting.stage == 0:
         return CommunicationPlan(round(2 * once), 0, 0, buckets, nodes)
     if setting.stage < 3:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigtfm.config.deepspeed import reduce_bucket
 from bigtfm.config.sections import HEADED
 from bigtfm.planner.activations import Segment, loss_bytes, segments
 from bigtfm.planner.parameters import MOMENTS, Parameter
@@ -120,7 +121,7 @@ def _lasting(setting: Setting) -> _Lasting:
         state.weights = size * (sum(shares) + sum(-(-p.numel // ranks) for p in frozen))
         state.owned = sum(shares)
         state.gradients = BYTES[setting.grad_accum_dtype] * sum(shares)
-        state.buckets = size * _elements(setting, "reduce_bucket_size") * _contiguous(setting)
+        state.buckets = size * _bucket(setting) * _contiguous(setting)
         state.persistent = size * sum(p.numel for p in setting.parameters if _persists(setting, p))
     state.partition, state.largest = sum(shares), max(shares)
     state.optimizer = state.partition * (4 + moments)
@@ -165,7 +166,6 @@ def _overlapping(group: list[Parameter], share: int, rank: int) -> int:
 
 
 _SIZES = {  # deepspeed/runtime/zero/config.py
-    "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_live_parameters": 1_000_000_000,
@@ -175,6 +175,10 @@ _SIZES = {  # deepspeed/runtime/zero/config.py
 
 def _elements(setting: Setting, key: str) -> int:
     return int(setting.zero.get(key, _SIZES[key]))
+
+
+def _bucket(setting: Setting) -> int:
+    return reduce_bucket(setting.zero, sum(parameter.numel for parameter in setting.trained))
 
 
 def _contiguous(setting: Setting) -> bool:
@@ -257,7 +261,7 @@ class _Step:
         if self.setting.stage in (1, 2) and _contiguous(self.setting) and not self.live["buckets"]:
             double = 2 if self.setting.zero.get("overlap_comm") else 1
             size = self._gradient_bytes if self.setting.stage == 1 else self.size
-            self.live["buckets"] = double * size * _elements(self.setting, "reduce_bucket_size")
+            self.live["buckets"] = double * size * _bucket(self.setting)
 
     def _gather_weights(self) -> None:
         """Stage 3: weights that will be used again within max_reuse_distance stay from forward to backward.
@@ -362,7 +366,7 @@ class _Step:
                     self.live["gradients"] += weight.numel * self._gradient_bytes
                 self._look(f"backward, gradient of {weight.name}", working=flow + made * self.accumulated)
                 continue
-            if self.in_bucket + weight.numel > _elements(self.setting, "reduce_bucket_size"):
+            if self.in_bucket + weight.numel > _bucket(self.setting):
                 self._flush(flow + made)
             self.in_bucket += weight.numel
             self._look(f"backward, gradient of {weight.name}", working=flow + made)
@@ -380,7 +384,7 @@ class _Step:
         setting = self.setting
         if setting.stage == 1:
             total = sum(p.numel for p in setting.trained)
-            self.in_bucket = min(total, _elements(setting, "reduce_bucket_size"))
+            self.in_bucket = min(total, _bucket(setting))
             self.live["gradients"] -= self.in_bucket * self._gradient_bytes
             self._look("reduction of gradients", buckets=self.in_bucket * self._gradient_bytes)
             self.live["gradients"] = self._partition_gradients
