@@ -25,7 +25,7 @@ AGAIN = 75  # exit code: repeat the command
 
 
 class Goal(NamedTuple):
-    """Of a row; None: it is a ratio to a peer on the same GPU, or asks which of several ways is the fastest."""
+    """Of a row; None: a ratio to a peer on the same GPU is, or which of several ways is the fastest."""
 
     tokens_per_second: float | None
     mfu: float | None
