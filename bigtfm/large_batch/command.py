@@ -14,7 +14,7 @@ from bigtfm.assembly import shuffled
 from bigtfm.config.batch import GlobalBatch
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.sections import DataSection, RunSection
+from bigtfm.config.sections import DataSection, RunSection, TuneSection
 from bigtfm.console import progress_bar
 from bigtfm.data.loader import Loader
 from bigtfm.data.special import SpecialIds
@@ -65,12 +65,14 @@ def measure(
     prepared data set; None: the run's own. steps: of which checkpoints; (): the newest.
 
     Raises:
-        ConfigProblem: the run names no data set, or streams it; fewer than 2 batches.
+        ConfigProblem: the run names no data set, or streams it, or trains a part of its weights.
         DataProblem: the data set is missing, too small, or has another tokenizer.
         NoCheckpoint: the run has none, or not this one. NumericsProblem: a gradient is not finite.
     """
     from bigtfm.engine import distributed
 
+    stated = stated_by(run_dir)
+    _require_all_trained(run_dir, stated)
     kept = sorted(checkpoint.steps_in(run_dir / "checkpoints")) if every_checkpoint else []
     resolved = read_json(run_dir / "resolved.json")
     size = micro_batch or resolved.get("micro_batch", 4)
@@ -83,7 +85,7 @@ def measure(
         for step in kept or steps or (None,):
             saved = saved_run(run_dir, step)
             model, _, special = open_run(run_dir, step)
-            loader = _loader(saved, stated_by(run_dir), data, special)
+            loader = _loader(saved, stated, data, special)
             progress = checkpoint.read_state(saved.checkpoint)["progress"]
             first = _first(loader, progress.get("samples", 0), batches * size)
             starts = range(first + rank * size, first + batches * size, world_size * size)
@@ -95,6 +97,16 @@ def measure(
     if ranks is not None:
         ranks.close()
     return Report(str(run_dir), size, batches, tuple(measured)) if rank == 0 else None
+
+
+def _require_all_trained(run_dir: Path, stated: dict[str, Any]) -> None:
+    tune = TuneSection.model_validate(stated.get("tune", {}))
+    if tune.train == "head" or tune.lora_rank or not tune.embeddings:
+        raise ConfigProblem(
+            "the run trains a part of its weights ([tune]), and what would be measured is the noise of all",
+            where=str(run_dir),
+            fix="measure a run that trains all",
+        )
 
 
 def _measured(found: Gradients, step: int, size: int, batch: int | None) -> Measured:

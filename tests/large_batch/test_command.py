@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,16 @@ def test_two_ranks_find_what_one_finds(run_dir: Path, tmp_path: Path, say: Say) 
 
 def test_failures_are_one_line(run_dir: Path, tmp_path: Path, say: Say) -> None:
     (tmp_path / "empty").mkdir()
+    shutil.copytree(run_dir, tmp_path / "adapters")
+    resolved = tmp_path / "adapters/resolved.json"
+    values = json.loads(resolved.read_text())
+    values["run_config"]["tune"]["lora_rank"] = 4
+    resolved.write_text(json.dumps(values))
     for options, code, words in (
         (("--run", tmp_path / "empty"), 76, "no checkpoint"),
         (("--run", run_dir, "--step", 7), 76, "7"),
         (("--run", run_dir, "--data", tmp_path / "nothing"), 65, "nothing"),
+        (("--run", tmp_path / "adapters"), 64, "trains a part of its weights"),
     ):
         ended, out, err = say(*options)
         assert (ended, out) == (code, "")
