@@ -18,12 +18,11 @@ from many_runs import job
 from bigtfm.assembly import shuffled
 from bigtfm.cli import app
 from bigtfm.data.indexed import TokenDataset
+from bigtfm.large_batch.command import Measured
 from bigtfm.large_batch.gradients import gradients_of
 from bigtfm.large_batch.noise import NoiseScale
 from bigtfm.large_batch.view import sizes, verdict
 from bigtfm.run_directory import open_run, saved_run
-
-from bigtfm.large_batch.command import Measured  # isort: skip
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 Say = Callable[..., tuple[int, str, str]]

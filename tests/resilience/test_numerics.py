@@ -176,6 +176,15 @@ def test_a_window_is_left_out_and_the_lr_lowered_from_the_checkpoint_on() -> Non
     assert spikes.lr_factor(5, []) == 1.0
 
 
+def test_in_a_ramp_up_a_window_is_of_the_steps_own_sizes() -> None:
+    """4 sequences in each of three steps, then 8: the last three steps before step 6 took 4 + 8 + 8."""
+    growing = GlobalBatch(8, (4,), (3,))
+    found = spikes.spike(5, 28, (0, 0), growing, GUARD)
+    assert (found["first_sample"], found["end_sample"]) == (8, 28)
+    assert spikes.end(0, range(1, 8), growing, []) == growing.samples(7) == 44
+    assert spikes.end(4, range(2, 6), growing, [found]) == 28 + 4 + 8 * 2, "4 in step 2, then past it"
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=5), st.integers(0, 80))
 def test_a_position_is_outside_of_all_windows_and_skips_nothing_else(
     windows: list[tuple[int, int]], samples: int
