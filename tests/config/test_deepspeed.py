@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigtfm.config.deepspeed import BatchTriple, DeepSpeedConfig, acting_stage, load_deepspeed_json
+from bigtfm.config.deepspeed import (
+    BatchTriple,
+    DeepSpeedConfig,
+    acting_stage,
+    load_deepspeed_json,
+    reduce_bucket,
+)
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import load_run_config
 
@@ -281,3 +287,13 @@ def test_one_rank_in_fp32_has_nothing_to_share(stage: int) -> None:
         assert acting_stage({"stage": stage}, **(alone | change)) == stage
     offload = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
     assert acting_stage(offload, **alone) == stage
+
+
+@pytest.mark.parametrize(
+    ("zero", "parameters", "expected"),
+    [({}, 1000, 1000), ({}, 10**9, 500_000_000), ({"reduce_bucket_size": 5e7}, 1000, 50_000_000)],
+)
+def test_a_reduce_bucket_is_no_larger_than_the_model(
+    zero: dict[str, Any], parameters: int, expected: int
+) -> None:
+    assert reduce_bucket(zero, parameters) == expected

@@ -46,12 +46,14 @@ def write_json(folder: Path, stage: int, micro_batch: int) -> None:
 
 
 def test_it_is_another_curve_and_the_same_everywhere(folder: Path) -> None:
+    """Where rounding tips a value over the edge between two of 8 bits, curves part a little."""
     plain, first, *others = (losses(folder / f"runs/{number}") for number in range(len(RUNS)))
     moved = max(abs(one - other) for one, other in zip(plain, first, strict=True))
     assert 1e-4 < moved < 0.05
     for curve in others:
-        assert curve == pytest.approx(first, abs=2e-4)
-        assert max(abs(one - other) for one, other in zip(curve, first, strict=True)) < moved / 5
+        apart = [abs(one - other) for one, other in zip(curve, first, strict=True)]
+        assert max(apart[:2]) < 1e-5
+        assert max(apart) < moved / 3
 
 
 def test_going_on_without_it_is_another_recipe_with_the_same_names(folder: Path, tiny_data: Path) -> None:
