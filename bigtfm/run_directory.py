@@ -47,7 +47,7 @@ def identity(job: Job) -> dict[str, Any]:
             "global_batch": job.resolved.global_batch,
             **{key: values.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
             **({"fp8": run.compute.fp8} if run.compute.fp8 != "none" else {}),
-            **({"tune": run.tune.model_dump(mode="json")} if run.tune != TuneSection() else {}),
+            "tune": run.tune.model_dump(mode="json"),
             **({"batch": run.batch.model_dump(mode="json")} if run.batch.rampup_sizes else {}),
         },
     }
@@ -59,8 +59,9 @@ def saved_identity(state: dict[str, Any]) -> dict[str, Any]:
     saved = dict(state["progress"]["identity"])
     for part, section in (("model", ModelSection()), ("objective", ObjectiveSection())):
         saved[part] = json.loads(section.model_dump_json()) | saved[part]
-    if (tune := saved.get("recipe", {}).get("tune")) is not None:
-        saved["recipe"] = saved["recipe"] | {"tune": TuneSection().model_dump(mode="json") | tune}
+    recipe = saved.get("recipe")  # imported weights have none
+    if isinstance(recipe, dict):
+        saved["recipe"] = recipe | {"tune": TuneSection().model_dump(mode="json") | recipe.get("tune", {})}
     return saved
 
 

@@ -352,6 +352,13 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     return _read_json(checkpoint / "index.json")
 
 
+def _as_it_was(name: str) -> str:
+    """The fix where a parameter is on one side only."""
+    if is_adapter(name):
+        return "keep [tune] as it was, or begin another run with run.init_from"
+    return "use the [model] table that it was made with (run.toml in the run directory)"
+
+
 def _adapter_scale(checkpoint: Path) -> float:
     """What the products of a checkpoint's adapters are multiplied with.
 
@@ -528,7 +535,7 @@ class Shards:
             raise NoCheckpoint(
                 f"the checkpoint has {min(surplus)}, which the model lacks",
                 where=str(self._folder),
-                fix="use the [model] table that it was made with (run.toml in the run directory)",
+                fix=_as_it_was(min(surplus)),
             )
 
     def require_trainable(self) -> None:
@@ -550,7 +557,7 @@ class Shards:
             raise NoCheckpoint(
                 f"the checkpoint {has}, the model needs {list(shape)}",
                 where=str(self._folder),
-                fix="use the [model] table that it was made with (run.toml in the run directory)",
+                fix=_as_it_was(name),
             )
         return entry
 
