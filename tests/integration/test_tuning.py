@@ -22,6 +22,8 @@ from bigtfm.engine.build import parameter_groups
 from bigtfm.export import export
 from bigtfm.job import check_job
 from bigtfm.model.families import make_model
+from bigtfm.model.transformer import block_linears, init_weights
+from bigtfm.run_directory import open_run
 from bigtfm.tasks.known import setting_of
 
 SMALL = ModelSection(hidden_size=8, num_layers=3, num_attention_heads=2, family="bert", num_labels=2)
@@ -158,8 +160,6 @@ def test_the_head_alone_moves(stage: int, runs: Path, tmp_path: Path) -> None:
     config = load_run_config(None, [*TINY, "model.family=bert", "model.num_labels=2", "data.packing=best_fit",
                                     "objective.kind=classification"])  # fmt: skip
     model = make_model(config.model, 512, seed=config.run.seed, objective=config.objective)
-    from bigtfm.model.transformer import init_weights
-
     init_weights(model)
     for name, before in model.named_parameters():
         same = torch.equal(after[name][: len(before)], before.detach())
@@ -177,10 +177,21 @@ def test_lower_blocks_move_less(runs: Path, tmp_path: Path) -> None:
     config = load_run_config(None, [*TINY, "model.family=bert", "model.num_labels=2", "data.packing=best_fit",
                                     "objective.kind=classification"])  # fmt: skip
     model = make_model(config.model, 512, seed=config.run.seed, objective=config.objective)
-    from bigtfm.model.transformer import init_weights
-
     init_weights(model)
     name = "encoder.layers.0.mlp.down.weight"
     start = dict(model.named_parameters())[name].detach()
     distance = {way: float((weights[name] - start).norm()) for way, weights in moved.items()}
     assert 0.15 < distance["decay"] / distance["all"] < 0.4, "two blocks below the top: a quarter"
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_adapters_learn_beside_the_head(runs: Path) -> None:
+    """Read merged: the blocks' matrices and the head have moved, and nothing else."""
+    after, _, _ = open_run(runs / "lora-3")
+    model = make_model(after.config, after.vocab_size, seed=1234, objective=after.objective)
+    init_weights(model)
+    matrices = {f"{path}.weight" for path, _ in block_linears(model)}
+    for name, before in model.named_parameters():
+        moved = not torch.equal(after.get_parameter(name), before)
+        assert moved == (name in matrices or name.startswith("task_head.")), name
