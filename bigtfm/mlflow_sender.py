@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import sys
 import threading
 import time
@@ -81,6 +82,7 @@ class Sender:
         self._target = read_json(run_dir / "tracking.json")
         self._rows = Rows(run_dir / "metrics.jsonl")
         self._waiting: list[dict[str, Any]] = []  # read, not yet sent
+        create_store(self._target["uri"])
         self._client = MlflowClient(tracking_uri=self._target["uri"])
         self._progress = self._open()
         self._describe()
@@ -186,6 +188,28 @@ class Sender:
     def _note(self, **news: Any) -> None:
         self._progress |= news
         write_json(self._run_dir / "mlflow.json", self._progress | {"error": None})
+
+
+def create_store(uri: str) -> None:
+    """A database file that is not there yet gets its name when MLflow has made all of its tables.
+
+    MLflow can't go on where it was killed in between: nothing could ever be sent to such a file.
+    """
+    from mlflow import MlflowClient
+
+    scheme, found, name = uri.partition("sqlite:///")
+    path = Path(name)
+    if scheme or not found or path.exists():
+        return
+    new = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.new")
+    MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments()
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        pass  # another run was first
+    except OSError:  # a file system without hard links
+        os.replace(new, path)
+    new.unlink(missing_ok=True)
 
 
 def _place(row: dict[str, Any]) -> tuple[int, int]:

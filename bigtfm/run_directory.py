@@ -159,7 +159,8 @@ def starting_point(job: Job, now: dict[str, Any], ranks: Ranks) -> tuple[Path, t
         {"model": after, "tokenizer": now["tokenizer"]},
         job.run.resume.allow,
         found,
-        undo=f"take the [model] table of {source / 'run.toml'}, and its tokenizer for `bigtfm prepare`",
+        undo=f"take the [model] table of {source / 'run.toml'} and what overrides it was trained with, "
+        "and its tokenizer for `bigtfm prepare`",
     )
     return found, HEADS if other_head else ()
 

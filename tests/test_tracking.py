@@ -535,6 +535,23 @@ def test_a_stopped_sender_ends_after_a_training_that_was_killed(tmp_path: Path) 
     wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, seconds=30)
 
 
+@pytest.mark.slow
+def test_a_store_whose_making_is_killed_is_made_by_the_next_run(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    code = f"from bigtfm.mlflow_sender import create_store; create_store('sqlite:///{database}')"
+
+    def half_made() -> bool:
+        return any(path.stat().st_size > 50_000 for path in tmp_path.glob("mlflow.db*"))
+
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as maker:
+        wait_for(half_made, seconds=60)
+        maker.kill()
+    assert not database.exists()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT name FROM experiments").fetchall() == [("Default",)]
+
+
 def test_sync_of_a_folder_that_is_no_run_is_a_problem(tmp_path: Path) -> None:
     with pytest.raises(DataProblem, match="runs/quickstart"):
         sync(tmp_path)

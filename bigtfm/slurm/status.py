@@ -124,7 +124,7 @@ def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
     found = []
     for place, following in pairwise([*begun, len(happened)]):
         start = happened[place]
-        said = [row for row in happened[place + 1 : following] if row["event"] == "end"]
+        said = _ends_said(happened[place + 1 : following])
         batch = [row for row in happened[place + 1 : following] if _ends(row, start.get("job"))]
         is_last = following == len(happened)
         limit = float("inf") if is_last else happened[following].get("began", happened[following]["time"])
@@ -147,6 +147,17 @@ def starts(happened: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
                 int(start.get("step", 0)), last, code, reason,
             )
         )  # fmt: skip
+    return found
+
+
+def _ends_said(after: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Its ranks' words, and not those of a later start of the job that came to no step."""
+    found: list[Mapping[str, Any]] = []
+    for row in after:
+        if row["event"] == "job began" and found:
+            break
+        if row["event"] == "end":
+            found.append(row)
     return found
 
 
@@ -259,7 +270,8 @@ def _facts(found: Status) -> Iterable[tuple[str, str]]:
         said = f", {speed:,.0f} a second on {found.ranks} ranks" if speed is not None else ""
         yield "tokens", f"{found.tokens:,}{said}"
     if found.began is not None:
-        yield "since", f"{_clock(found.began)}, {len(found.starts) - 1} restarts"
+        restarts = len(found.starts) - 1
+        yield "since", f"{_clock(found.began)}, {restarts} restart{'' if restarts == 1 else 's'}"
     if found.goodput is not None and found.busy is not None:
         yield "goodput", f"{found.goodput:.1%} of the time since then, {found.busy:.1%} of the time it ran"
     if found.seconds_left is not None:

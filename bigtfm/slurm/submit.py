@@ -14,6 +14,9 @@ from bigtfm.resilience.events import note
 
 _DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)")
 _KNOB = re.compile(r': "\$\{([A-Z_]+):=')
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_EARLY = 60  # seconds by which Slurm may be early with the warning of --signal
+_OPTIONS = ("CONFIG", "DEEPSPEED_CONFIG", "OVERRIDES", "RUN_DIR")  # knobs that submit's own arguments set
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Request:
             ConfigProblem: an option or a knob is none.
         """
         template = shipped("train.sbatch")
-        known = _KNOB.findall(template)
+        known = [name for name in _KNOB.findall(template) if name not in _OPTIONS]
         files = {"CONFIG": config, "DEEPSPEED_CONFIG": deepspeed_config, "RUN_DIR": run_dir}
         knobs = {name: str(path) for name, path in files.items()}
         knobs |= {"OVERRIDES": " ".join(overrides)} if overrides else {}
@@ -48,7 +51,9 @@ class Request:
             if any(letter.isspace() for letter in words):
                 fix = "write it into the run config"
                 raise ConfigProblem(f"'{words}' holds a space", where="command line", fix=fix)
-        return _filled(template, self._directives(run_dir), knobs)
+        text = _filled(template, self._directives(run_dir), knobs)
+        _check_time(text)
+        return text
 
     def _directives(self, run_dir: Path) -> dict[str, str]:
         found = {
@@ -88,7 +93,32 @@ def _filled(template: str, directives: Mapping[str, str], knobs: Mapping[str, st
 
 
 def _directive(name: str, value: str) -> str:
+    if any(letter.isspace() for letter in value) and not set(value) & set("'\""):
+        value = f'"{value}"'
     return f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
+
+
+def _check_time(text: str) -> None:
+    """The script's limit is one, and leaves time to train before the warning that comes ahead of it."""
+    (limit,) = re.findall(r"^#SBATCH --time=(.*)", text, flags=re.MULTILINE)
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return
+    found = _TIME.fullmatch(limit)
+    if found is None:
+        fix = "write minutes, H:MM:SS, D-H or D-H:MM:SS"
+        raise ConfigProblem(f"--time={limit}: no time limit", where="command line", fix=fix)
+    days, *parts = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:  # minutes[:seconds]
+        parts = [0, *parts[:2]]
+    seconds = 86400 * days + 3600 * parts[0] + 60 * parts[1] + parts[2]
+    lead = re.search(r"^#SBATCH --signal=.*@(\d+)$", text, flags=re.MULTILINE)
+    before = int(lead[1]) + _EARLY if lead else 0
+    if seconds <= before:
+        raise ConfigProblem(
+            f"--time={limit}: no time to train, as the job is told to stop up to {before} s before",
+            where="command line",
+            fix="ask for more, or be told later: --sbatch=--signal=USR1@30",
+        )
 
 
 def shipped(name: str) -> str:

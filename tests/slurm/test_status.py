@@ -59,6 +59,13 @@ def test_a_story_of_three_starts(tmp_path: Path) -> None:
     assert "75: rank 1: saved" in shown.getvalue()
 
 
+def test_a_start_that_came_to_no_step_says_nothing_of_the_one_before(tmp_path: Path) -> None:
+    began = {"time": NOW + 30, "event": "job began", "job": "7"}
+    happened = [began | {"time": NOW}, start(5), end(25, 75, "saved"), began, end(35, 75, "nothing to save")]
+    write(tmp_path, [(1, 6.0)], happened)
+    assert [found.reason for found in status(tmp_path).starts] == ["rank 1: saved"]
+
+
 def test_the_time_left_is_that_of_the_last_steps(tmp_path: Path) -> None:
     write(tmp_path, [(s, 2.0 * s) for s in range(1, 41)], [start(0)])
     assert status(tmp_path).seconds_left == pytest.approx(60 * 2.0)

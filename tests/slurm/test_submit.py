@@ -50,6 +50,11 @@ def test_the_script_holds_what_was_asked() -> None:
             "error: command line: --sbatch account=x: not an option. Fix: write --sbatch=--name=value",
         ),
         (
+            {"knobs": ("RUN_DIR=runs/other",)},
+            "error: command line: --set RUN_DIR=runs/other: no such variable. Fix: use one of: AGAIN, "
+            "CHAIN_OPTIONS, CONTAINER, CONTAINER_OPTIONS, LAUNCHER, RETRIES, SETUP, SRUN_OPTIONS",
+        ),
+        (
             {"overrides": ("run.name=a b",)},
             "error: command line: 'run.name=a b' holds a space. Fix: write it into the run config",
         ),
@@ -59,6 +64,29 @@ def test_what_is_no_option_is_refused(changes: dict[str, tuple[str, ...]], line:
     with pytest.raises(ConfigProblem) as caught:
         written(**changes)
     assert caught.value.line == line
+
+
+@pytest.mark.parametrize(
+    ("time", "line"),
+    [
+        ("4", None), ("3:01", None), ("0:4:00", None), ("1-0", None), ("1-0:30", None), ("UNLIMITED", None),
+        ("12h", "--time=12h: no time limit"), ("-5", "--time=-5: no time limit"),
+        ("3", "--time=3: no time to train"), ("3:00", "--time=3:00: no time"),
+        ("0:03:00", "--time=0:03:00: no time"), ("0-0:3", "--time=0-0:3: no time"),
+    ],
+)  # fmt: skip
+def test_a_time_limit_that_leaves_no_time_is_refused(time: str, line: str | None) -> None:
+    def ask(*options: str) -> str:
+        return Request(1, 1, time, None, options).script(Path("runs/x"), Path("a"), Path("b"), ())
+
+    if line is None:
+        assert f"#SBATCH --time={time}\n" in ask()
+        return
+    with pytest.raises(ConfigProblem) as caught:
+        ask()
+    assert line in caught.value.line
+    if "no time to" in line:
+        assert "--signal=USR1@30\n" in ask("--signal=USR1@30")
 
 
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +115,13 @@ def test_slurm_takes_every_script(path: Path, slurm: Cluster) -> None:
 
 @pytest.mark.slurm
 def test_slurm_takes_what_is_written(slurm: Cluster, tmp_path: Path) -> None:
-    text = Request(2, 2, "10", "high", ("--cpus-per-task=1",)).script(
-        tmp_path, Path("run.toml"), Path("ds.json"), []
+    run = tmp_path / "my runs" / "first"
+    text = Request(2, 2, "10", "high", ("--cpus-per-task=1", "--hold")).script(
+        run, Path("run.toml"), Path("ds.json"), []
     )
-    slurm.run("sbatch", "--test-only", str(write_script(tmp_path, text)), cwd=tmp_path)
+    job = slurm.sbatch(str(write_script(run, text)), cwd=tmp_path)
+    assert f"StdOut={run}/logs/slurm-{job}.log" in slurm.scontrol("show", "job", job)
+    slurm.scancel(job)
 
 
 def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
