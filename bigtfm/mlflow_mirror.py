@@ -136,7 +136,10 @@ def sync(run_dir: Path, timeout: float = 600) -> str:
         what, fix = "another process is sending this run", "wait until that run has ended"
     else:
         what = read_json(run_dir / "mlflow.json").get("error") or f"no answer within {timeout:.0f} s"
-        fix = f"start or mend the MLflow server, then repeat this; details: {run_dir / 'logs' / 'mlflow.log'}"
+        mend = "start or mend the MLflow server"
+        if "_alembic_tmp" in what:
+            mend = "move that database away: MLflow was killed while it made its tables, and can't go on"
+        fix = f"{mend}, then repeat this; details: {run_dir / 'logs' / 'mlflow.log'}"
     raise StorageProblem(what, where=f"MLflow at {target['uri']}", fix=fix)
 
 
