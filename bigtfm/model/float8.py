@@ -51,8 +51,7 @@ def emulated(recipe: str, precision: str, capability: tuple[int, int] | None) ->
 
 def _product(layer: Linear, config: Any, torchao: Any) -> Any:
     """torchao's forward over the layer's own weight and bias. No module of the model: no second name."""
-    out_features, in_features = getattr(layer.weight, "ds_shape", layer.weight.shape)
-    linear: Any = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
     return torchao.convert_to_float8_training(linear, config=config).forward
 
