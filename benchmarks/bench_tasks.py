@@ -194,26 +194,45 @@ def pretraining(folder: Path, seeds: int) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows as docs/tasks.md has them, in Markdown."""
+    order = {task: number for number, task in enumerate(RECIPES)}
     lines = [
-        "| task, data | metric | value | 95 % interval | without a model | training, CPU seconds |",
+        "| task, data | metric | value | 95 % interval | without a model | CPU seconds of training |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        if row["task"] == "pretraining":
-            continue
+    for row in sorted((row for row in rows if row["task"] in RECIPES), key=lambda row: order[row["task"]]):
         first = (
             f"{row['task'].replace('_', ' ')}: {row['rows']:,} {row['data']}",
             f"{row['cpu_seconds']:.0f}",
         )
         for name in row["shown"]:
-            low, high = row["intervals"][name]
-            without, ends = row["baseline"][name], row["baseline_intervals"][name]
-            cells = [first[0], name.replace("_", " "), _figure(row["metrics"][name])]
-            cells += [f"{_figure(low)} to {_figure(high)}"]
-            cells += [f"{_figure(without)} ({_figure(ends[0])} to {_figure(ends[1])})", first[1]]
+            value, without = _figure(row["metrics"][name]), _figure(row["baseline"][name])
+            cells = [first[0], name.replace("_", " "), value, _interval(row["intervals"][name])]
+            cells += [f"{without} ({_interval(row['baseline_intervals'][name])})", first[1]]
             lines.append(f"| {' | '.join(cells)} |")
             first = ("", "")
+    return lines + [line for row in rows if row["task"] == "pretraining" for line in _pretraining(row)]
+
+
+def _pretraining(row: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"| classification by {row['labelled']} labelled reviews | accuracy of each seed | mean | spread |",
+        "|---|---|---|---|",
+    ]
+    gains = [after - before for before, after in zip(row["scratch"], row["pretrained"], strict=True)]
+    kinds = (
+        ("from scratch", row["scratch"]),
+        ("after masked-LM pretraining on all texts", row["pretrained"]),
+        ("gain", gains),
+    )
+    for name, values in kinds:
+        each = ", ".join(map(_figure, values))
+        lines.append(f"| {name} | {each} | {_figure(mean(values))} | {_figure(stdev(values))} |")
     return lines
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{_figure(ends[0])} to {_figure(ends[1])}"
 
 
 def _figure(value: float) -> str:
