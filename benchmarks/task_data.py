@@ -17,6 +17,7 @@ translation          English to Vietnamese: LibreOffice's texts of at most 12 wo
                      those alike in both languages are left out
 summarisation        descriptions of Debian's packages of at most 24 words, and their one line (each package's
                      licence); held out by source package
+other_reviews        of products, and newspapers' opinions; from the same source as classification
 chat                 alpaca, identity and glaive as llamafactory's source package has them: as tagging
 language_modelling   the State of the Union addresses that come with bigtfm, in the public domain; one in six
 masked_lm            is held out
@@ -76,14 +77,23 @@ def unpacked(package: str, folder: Path) -> Path:
 
 
 def classification(folder: Path) -> Rows:
+    return _rated(folder, "movieReview")
+
+
+def other_reviews(folder: Path) -> Rows:
+    return _rated(folder, "amazonReview", "nytEditorial")
+
+
+def _rated(folder: Path, *kinds: str) -> Rows:
     package = tarfile.open(fetched("vaderSentiment==3.3.2", folder, source=True))
     [inner] = [member for member in package if member.name.endswith("hutto_ICWSM_2014.tar.gz")]
     reviews = tarfile.open(fileobj=io.BytesIO(package.extractfile(inner).read()))
-    file = reviews.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-    for line in file.read().decode("cp1252").splitlines():
-        _, score, text = line.split("\t", 2)
-        if abs(float(score)) > 0.5:
-            yield text, {"text": text, "label": "positive" if float(score) > 0 else "negative"}
+    for kind in kinds:
+        file = reviews.extractfile(f"hutto_ICWSM_2014/{kind}Snippets_GroundTruth.txt")
+        for line in file.read().decode("cp1252").splitlines():
+            _, score, text = line.split("\t", 2)
+            if abs(float(score)) > 0.5:
+                yield text, {"text": text, "label": "positive" if float(score) > 0 else "negative"}
 
 
 def tagging(folder: Path) -> Rows:
@@ -270,7 +280,7 @@ SOURCES: dict[str, Callable[[Path], Rows]] = {
     function.__name__: function
     for function in (
         classification, tagging, relation_extraction, question_answering, translation, summarisation, chat,
-        language_modelling,
+        language_modelling, other_reviews,
     )
 } | {"masked_lm": language_modelling}  # fmt: skip
 
