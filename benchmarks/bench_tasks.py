@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from task_data import write
+from task_data import number_of, write
 
 from bigtfm.bench.runner import environment_row
 
@@ -168,7 +168,8 @@ def pretraining(folder: Path, seeds: int) -> dict[str, Any]:
     whole = RECIPES["classification"]
     held_out = prepare(folder, whole)
     few = folder / "rows/classification/few.jsonl"
-    few.write_text("".join((few.parent / "train.jsonl").read_text().splitlines(True)[:LABELLED]))
+    labelled = sorted((few.parent / "train.jsonl").read_text().splitlines(True), key=number_of)
+    few.write_text("".join(labelled[:LABELLED]))
     write("other_reviews", folder / "rows")
     other = folder / "rows/other_reviews/train.jsonl"
     for rows in (few, other):
