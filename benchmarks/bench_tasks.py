@@ -67,7 +67,7 @@ RECIPES = {
                BERT),
         Recipe("relation_extraction", "WordNet's links in its glosses", ("f1",), "classification", 64, 4096,
                250, 32, 1e-3, BERT),
-        Recipe("question_answering", "questions on entities", ("f1", "exact_match"), "question_answering",
+        Recipe("question_answering", "questions on entities", ("exact_match", "f1"), "question_answering",
                128, 1024, 200, 8, 1e-3, BERT),
         Recipe("translation", "LibreOffice's texts, English to Vietnamese",
                ("bleu", "chrf", "bits_per_byte"), "sequence_to_sequence", 64, 2048, 1000, 12, 2e-3, PAIRS,
