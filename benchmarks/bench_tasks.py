@@ -70,7 +70,7 @@ RECIPES = {
         Recipe("question_answering", "questions on entities", ("exact_match", "f1"), "question_answering",
                128, 1024, 200, 8, 1e-3, BERT),
         Recipe("translation", "LibreOffice's texts, English to Vietnamese",
-               ("bleu", "chrf", "bits_per_byte"), "sequence_to_sequence", 64, 2048, 1000, 12, 2e-3, PAIRS,
+               ("bits_per_byte", "chrf", "bleu"), "sequence_to_sequence", 64, 2048, 1000, 12, 2e-3, PAIRS,
                ("--max-new-tokens", "40", "--num-beams", "1")),
         Recipe("summarisation", "descriptions of Debian's packages", ("rougeLsum", "bits_per_byte"),
                "completion", 64, 4096, 700, 16, 2e-3, GPT, ("--max-new-tokens", "24", "--num-beams", "1")),
