@@ -116,10 +116,11 @@ def of_task(run: RunConfig, datasets: Sequence[TokenDataset]) -> RunConfig:
             else "prepare examples with `bigtfm prepare --task`",
         )
     if run.seq_len < first.max_tokens:
+        key = "data.seq_len" if run.model.max_seq_len >= first.max_tokens else "model.max_seq_len"
         raise ConfigProblem(
             f"data.seq_len {run.seq_len} is less than the {first.max_tokens} tokens that an example may have",
             where=where,
-            fix=f"set data.seq_len to {first.max_tokens}, or prepare with --max-tokens {run.seq_len}",
+            fix=f"set {key} to {first.max_tokens}, or prepare with --max-tokens {run.seq_len}",
         )
     labels = run.model.num_labels or len(first.labels)
     if kind not in LABELLED:

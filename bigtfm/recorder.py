@@ -57,6 +57,12 @@ class Recorder:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
         self._console.note(f"attention {job.attention.reason}")
+        task = job.dataset.header.task
+        if task is not None and not run.supervised:
+            self._console.note(
+                f"{job.dataset.path} holds examples of {task.name}, of which {run.objective_kind} "
+                f"learns the text alone; to learn the task set objective.kind to {' or '.join(task.kinds)}"
+            )
         self._mirror = None
         if run.track.mlflow:
             self._mirror = mlflow_mirror.start(
@@ -171,6 +177,8 @@ class Recorder:
         commands = [("see how good it is", f"bigtfm evaluate --run {run_dir} --data HELD_OUT")]
         if (prompt := prompts.get(self._job.run.objective_kind)) is not None:
             commands = [("see what it writes", f'bigtfm generate --run {run_dir} --prompt "{prompt}"')]
+        elif (task := self._job.dataset.header.task) is not None and task.name == "chat":
+            commands.append(("talk to it", f"bigtfm chat --run {run_dir}"))
         if mlflow_run is not None:
             commands.append(("see the curves", "make ui"))
         elif self._mirror is not None:

@@ -198,4 +198,6 @@ def _next(saved: SavedRun, method: str, out: Path) -> str:
     if method in ("magnitude", "2:4", "heads"):
         config = out / "run.toml"
         return f"bigtfm train --deepspeed_config FILE --config {config} run.init_from={out} run.name=NAME"
-    return f"bigtfm {'predict' if saved.run.supervised else 'generate'} --run {out}"
+    if saved.run.supervised:
+        return f"bigtfm predict --run {out} --data FILE"
+    return f"bigtfm generate --run {out}"

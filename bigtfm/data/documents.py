@@ -209,6 +209,9 @@ def _delimited(
             for column in columns:
                 if column not in header and column not in optional:
                     raise tables.no_column(column, header, f"{span.path}:1", option=_option(columns))
+                if header.count(column) > 1:
+                    what, fix = f"two columns are named '{column}'", "rename one of them"
+                    raise DataProblem(what, where=f"{span.path}:1", fix=fix)
             places = {column: header.index(column) for column in columns if column in header}
             for row in reader:
                 where = partial(_at, span.path, reader.line_num)

@@ -375,6 +375,12 @@ def _tokenise(
     records = _records(job, units, numbers, workers, report, None)
     folders = [unit_folder(job, number, None) for number in numbers]
     documents = sum(counts.documents for record in records for counts in record.splits.values())
+    if not documents and job.task is not None:
+        what, fix = "no row became an example", "check --input, --column and --max-tokens"
+        if job.task.format.name == "chat":
+            what = f"{what}: none has a turn of the assistant that fits"
+            fix = "check --input, --column, --max-tokens and the roles: user, assistant, system, tool"
+        raise DataProblem(what, where="bigtfm prepare", fix=fix)
     if not documents:
         raise DataProblem(
             "no text in the input", where="bigtfm prepare", fix="check --input and --text-column"

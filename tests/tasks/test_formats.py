@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,7 @@ def test_a_prepared_data_set_names_task_and_labels(tmp_path: Path, tiny_data: Pa
     [
         (["text\tlabel", "fine\tgood"], ["label=stars"], r"no column 'stars'.*--column"),
         (["text\tlabel"], [], "no labels in the input"),
+        (["text\tlabel\ttext", "fine\tgood\tdull"], [], "films.tsv:1: two columns are named 'text'"),
         (["text\tlabel", "fine\tgood", "dull\tmeh"], ["labels"], r"films.tsv:3: unknown label 'meh'"),
     ],
 )
@@ -267,6 +269,19 @@ def test_a_wrong_table_is_one_line(
     source = lines(tmp_path / "films.tsv", *rows)
     with pytest.raises(DataProblem, match=what):
         prepare([source], tmp_path / "out", tokenizer=tiny_data / "tokenizer", task=setting, progress=False)
+
+
+@pytest.mark.parametrize("role", ["robot", "user"])
+def test_conversations_without_an_assistant_are_one_line(role: str, tmp_path: Path, tiny_data: Path) -> None:
+    source = lines(tmp_path / "chat.jsonl", json.dumps({"messages": [{"role": role, "content": "hello"}]}))
+    with pytest.raises(DataProblem, match=r"none has a turn of the assistant.*roles"):
+        prepare(
+            [source],
+            tmp_path / "out",
+            tokenizer=tiny_data / "tokenizer",
+            task=setting_of("chat"),
+            progress=False,
+        )
 
 
 def test_text_has_no_columns(tmp_path: Path, tiny_data: Path) -> None:
