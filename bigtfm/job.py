@@ -92,7 +92,8 @@ def of_task(run: RunConfig, datasets: Sequence[TokenDataset]) -> RunConfig:
     """The run, with as many labels as its data sets have where it learns a task of theirs.
 
     Raises:
-        ConfigProblem: the data are of another task, or their examples longer than the run's sequences.
+        ConfigProblem: the data are of another task, or of one while the run does not say what it learns, or
+            their examples are longer than the run's sequences.
         DataProblem: data sets of a mixture differ in what they are for.
     """
     first, *others = (dataset.header.task for dataset in datasets)
@@ -103,9 +104,15 @@ def of_task(run: RunConfig, datasets: Sequence[TokenDataset]) -> RunConfig:
                 where=str(dataset.path),
                 fix="prepare both with the same --task, labels and options",
             )
+    kind, where = run.objective_kind, str(datasets[0].path)
+    if first is not None and run.objective.kind is None and kind not in first.kinds:
+        raise ConfigProblem(
+            f"holds examples of {first.name}, and objective.kind does not say what is to be learnt",
+            where=where,
+            fix=f"set objective.kind to {' or '.join(first.kinds)}; or to {kind}, for the text alone",
+        )
     if not run.supervised:
         return run
-    kind, where = run.objective_kind, str(datasets[0].path)
     if first is None or kind not in first.kinds:
         holds = f"examples of {first.name}" if first is not None else "text"
         raise ConfigProblem(

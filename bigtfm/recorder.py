@@ -57,11 +57,9 @@ class Recorder:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
         self._console.note(f"attention {job.attention.reason}")
-        task = job.dataset.header.task
-        if task is not None and not run.supervised:
+        if run.tune.lora_rank and not run.run.init_from:
             self._console.note(
-                f"{job.dataset.path} holds examples of {task.name}, of which {run.objective_kind} "
-                f"learns the text alone; to learn the task set objective.kind to {' or '.join(task.kinds)}"
+                "tune.lora_rank without run.init_from: adapters beside initial weights, which stay"
             )
         self._mirror = None
         if run.track.mlflow:

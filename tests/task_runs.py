@@ -15,15 +15,21 @@ from bigtfm.data.prepare import prepare
 from bigtfm.tasks.known import setting_of
 
 
-def learnt(
-    folder: Path, tokenizer: Path, task: str, rows: Sequence[Any], *overrides: str, batch: int = 8
-) -> Path:
-    """The run directory; the data set holds the rows in examples of up to 32 tokens."""
+def prepared(folder: Path, tokenizer: Path, task: str, rows: Sequence[Any]) -> Path:
+    """folder/data."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     setting = setting_of(task, max_tokens=32)
     prepare([str(folder / "rows.jsonl")], folder / "data", tokenizer=tokenizer, task=setting, workers=1,
             validation_fraction=0, progress=False)  # fmt: skip
     pack(folder / "data", 32)
+    return folder / "data"
+
+
+def learnt(
+    folder: Path, tokenizer: Path, task: str, rows: Sequence[Any], *overrides: str, batch: int = 8
+) -> Path:
+    """The run directory; the data set, folder/data, holds the rows in examples of up to 32 tokens."""
+    prepared(folder, tokenizer, task, rows)
     content = {
         "train_batch_size": batch, "train_micro_batch_size_per_gpu": batch,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "zero_optimization": {"stage": 0},
