@@ -68,9 +68,10 @@ class Summary:
     vocab_size: int
     identity: str  # of the tokenizer
     splits: dict[str, Counts] = field(default_factory=dict)
-    empty_documents: int = 0
+    empty_documents: int = 0  # left out; of a task, also rows that became no example
     seconds: float = 0.0
     existing: bool = False
+    task: str | None = None
     shard: str | None = None  # that all this is about
 
     @property
@@ -80,6 +81,9 @@ class Summary:
             f"{name} {counts.tokens:,} tokens of {counts.documents:,} documents ({counts.bytes:,} bytes)"
             for name, counts in self.splits.items()
         ]
+        if self.empty_documents:
+            what = "empty documents" if self.task is None else "rows without an example"
+            parts.append(f"{self.empty_documents:,} {what} left out")
         done = "was there already" if self.existing else f"prepared in {self.seconds:.1f} s"
         if self.shard and not self.existing:
             done = f"shard {self.shard} done in {self.seconds:.1f} s; joined by the command without --shard"
@@ -209,7 +213,8 @@ def prepare(
                 empty = sum(record.empty_documents for record in records)
                 return Summary(
                     out, model.kind, model.vocab_size, model.identity, _totals(records), empty,
-                    time.monotonic() - started, shard=shard,
+                    time.monotonic() - started, task=task.format.name if task is not None else None,
+                    shard=shard,
                 )  # fmt: skip
             records, folders = _tokenise(job, units, workers, report)
             header = _join(
@@ -480,6 +485,7 @@ def _describe(
         empty_documents,
         time.monotonic() - started,
         existing,
+        header.task.name if header.task is not None else None,
     )
 
 

@@ -284,6 +284,15 @@ def test_conversations_without_an_assistant_are_one_line(role: str, tmp_path: Pa
         )
 
 
+def test_rows_that_become_no_example_are_counted(tmp_path: Path, tiny_data: Path) -> None:
+    said = [json.dumps({"messages": [{"role": role, "content": "Hi."} for role in roles]})
+            for roles in (("user", "assistant"), ("user",), ("user", "assistant"))]  # fmt: skip
+    made = prepare([lines(tmp_path / "chat.jsonl", *said)], tmp_path / "out", task=setting_of("chat"),
+                   tokenizer=tiny_data / "tokenizer", validation_fraction=0, progress=False)  # fmt: skip
+    assert made.splits["train"].documents == 2
+    assert "1 rows without an example left out" in made.line
+
+
 def test_text_has_no_columns(tmp_path: Path, tiny_data: Path) -> None:
     with pytest.raises(DataProblem, match="has no columns"):
         prepare([lines(tmp_path / "a.txt", "hello")], tmp_path / "out", tokenizer=tiny_data / "tokenizer",
