@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigtfm.config.optional import quietly
 from bigtfm.config.problems import DataProblem, NumericsProblem
 from bigtfm.huggingface.files import read_json, said
 from bigtfm.model.attention import Documents
@@ -131,24 +132,23 @@ def _probe(lengths: tuple[int, ...], ids: Tensor, seed: int) -> Probe:
 
 def _load(name: str, folder: Path) -> Any:
     """The model of class `name`, fp32, evaluation mode; quietly."""
-    import transformers
-    from transformers.utils import logging
+    with quietly():
+        import transformers
+        from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = getattr(transformers, name).from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            attn_implementation="eager",  # the formula as it is written
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = getattr(transformers, name).from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                attn_implementation="eager",  # the formula as it is written
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        finally:
+            if bars:
+                logging.enable_progress_bar()
     return model.eval()
 
 

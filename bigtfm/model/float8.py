@@ -6,14 +6,12 @@ right before it. Embeddings, output layer and heads keep their precision.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from bigtfm.config.optional import library
+from bigtfm.config.optional import library, quietly
 from bigtfm.model.layers import Linear
 from bigtfm.model.transformer import block_linears
 
@@ -57,17 +55,10 @@ def _product(layer: Linear, config: Any, torchao: Any) -> Any:
 
 
 def _torchao() -> Any:
-    """torchao.float8, without what it says of libraries that it can't load and does not need here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return library(
-                "torchao.float8",
-                "compute.fp8 needs torchao, which is not installed",
-                where="run config",
-                extra="fp8",
-            )
-    finally:
-        logging.disable(before)
+    with quietly():
+        return library(
+            "torchao.float8",
+            "compute.fp8 needs torchao, which is not installed",
+            where="run config",
+            extra="fp8",
+        )
