@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}  # else: a disk that fails
 STORED = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}  # safetensors' names
+VOCABULARY = ("embed_tokens.", "lm_head.")  # parameters with a row a token
 READ_ELEMENTS = 2**24  # read at once into memory that is not the file's own kind
 
 
@@ -435,8 +436,8 @@ def start_from(checkpoint: Path, engine: Any, heads: tuple[str, ...] = ()) -> No
                 continue
             if is_adapter(fragment.name):
                 continue
-            shards.entry(fragment.name, fragment.shape)
-            shards.fill(fragment.view(fragment.flat), fragment.name, "fp32", fragment.start)
+            known = max(0, shards.shared(fragment.name, fragment.shape) - fragment.start)
+            shards.fill(fragment.view(fragment.flat)[:known], fragment.name, "fp32", fragment.start)
     fragments.weights_follow_masters(engine)
 
 
@@ -560,6 +561,19 @@ class Shards:
                 fix=_as_it_was(name),
             )
         return entry
+
+    def shared(self, name: str, shape: tuple[int, ...]) -> int:
+        """How many of a parameter's first elements are here: all, or of the vocabulary's rows those of both.
+
+        Another objective knows other tokens behind the tokenizer's, such as <mask>: their rows stay fresh.
+
+        Raises:
+            NoCheckpoint: it has another shape, or is not here.
+        """
+        entry = self._index.get(name)
+        if entry is not None and name.startswith(VOCABULARY) and entry["shape"][1:] == list(shape[1:]):
+            return min(entry["shape"][0], shape[0]) * math.prod(shape[1:])
+        return math.prod(self.entry(name, shape)["shape"])
 
     def fill(self, target: torch.Tensor, name: str, key: str, start: int) -> None:
         """Copies elements start .. start + target.numel() of a parameter's `key` into `target` [n].

@@ -11,6 +11,7 @@ import rank_runner
 import torch
 from conftest import TINY, losses
 from safetensors.torch import load_file
+from task_runs import prepared
 
 from bigtfm.config.sections import ModelSection
 from bigtfm.model.transformer import initial_value
@@ -85,6 +86,35 @@ def test_another_model_is_refused(source: Path, tiny_data: Path) -> None:
     allowed = ["resume.allow=model", "model.num_layers=3"]
     said = refused(source, tiny_data, "run.init_from=runs/source", *allowed)
     assert "the checkpoint has no encoder.layers.2" in said
+
+
+def test_another_objective_s_own_tokens_stay_fresh(
+    source: Path, tiny_data: Path, deepspeed_json: Callable[..., Path]
+) -> None:
+    """The source has 513 tokens with <mask>, padded to 576: pieces of the tokenizer keep their rows."""
+    rows = [{"text": f"{word} film", "label": label} for word, label in (("fine", "a"), ("dull", "b"))]
+    films = prepared(source, tiny_data / "tokenizer", "classification", rows * 20)
+    task = ["objective.kind=classification", "data.packing=best_fit", "run.init_from=runs/source", "steps=1",
+            "tune.embeddings=false"]  # fmt: skip
+    jobs = [
+        [str(deepspeed_json(f"{stage}.json", stage=stage)), *job(films, f"films-{stage}"), *task]
+        for stage in (0, 3)
+    ]
+    finished = rank_runner.train_all(jobs, source, world_size=2)
+    assert finished.codes == [0, 0], finished.output[-3000:]
+    trained = whole(source / "runs/source/checkpoints/step-00000006")
+    assert len(trained) == 576 * 32
+    for stage in (0, 3):
+        begun = whole(source / f"runs/films-{stage}/checkpoints/step-00000001")
+        assert len(begun) == 512 * 32
+        assert torch.equal(begun, trained[: len(begun)])
+
+
+def whole(checkpoint: Path) -> torch.Tensor:
+    """The token embedding, flat."""
+    entry = json.loads((checkpoint / "index.json").read_text())["embed_tokens.weight"]
+    parts = sorted(entry["fragments"], key=lambda part: part["start"])
+    return torch.cat([load_file(checkpoint / part["file"])["embed_tokens.weight|fp32"] for part in parts])
 
 
 def test_a_place_without_checkpoint_is_refused(source: Path, tiny_data: Path) -> None:
