@@ -33,7 +33,8 @@ from task_data import number_of, write
 
 from bigtfm.bench.runner import environment_row
 
-BERT = ("model.family=bert", "model.dropout=0.1", "model.hidden_size=128", "model.num_layers=2")
+WITHOUT_DROPOUT = ("model.family=bert", "model.hidden_size=128", "model.num_layers=2")
+BERT = (*WITHOUT_DROPOUT, "model.dropout=0.1")
 GPT = ("model.family=gpt", "model.hidden_size=128", "model.num_layers=3")
 PAIRS = ("model.family=encoder_decoder", "model.hidden_size=128", "model.num_layers=2", "model.dropout=0.1")
 HEADS = "model.num_attention_heads=4"
@@ -72,14 +73,14 @@ RECIPES = {
         Recipe("translation", "LibreOffice's texts, English to Vietnamese",
                ("bits_per_byte", "chrf", "bleu"), "sequence_to_sequence", 64, 2048, 1000, 12, 2e-3, PAIRS,
                ("--max-new-tokens", "40", "--num-beams", "1")),
-        Recipe("summarisation", "descriptions of Debian's packages", ("rougeLsum", "bits_per_byte"),
+        Recipe("summarisation", "descriptions of Debian's packages", ("bits_per_byte", "rougeLsum"),
                "completion", 64, 4096, 700, 16, 2e-3, GPT, ("--max-new-tokens", "24", "--num-beams", "1")),
         Recipe("chat", "alpaca, identity, glaive", ("bits_per_byte", "chrf"), "completion", 256, 2048, 200, 8,
                2e-3, (*GPT, "model.dropout=0.1"), ("--max-new-tokens", "80", "--num-beams", "1")),
         Recipe("language_modelling", "addresses", ("bits_per_byte",), "causal_lm", 128, 2048, 150, 16, 2e-3,
                GPT),
-        Recipe("masked_lm", "addresses", ("accuracy", "perplexity"), "masked_lm", 128, 2048, 300, 16, 2e-3,
-               BERT),
+        Recipe("masked_lm", "addresses", ("accuracy", "perplexity"), "masked_lm", 64, 512, 500, 32, 3e-3,
+               WITHOUT_DROPOUT),
     )
 }  # fmt: skip
 
