@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from bigtfm.config.launch import Launch
     from bigtfm.config.sections import ComputeSection, ModelSection
-    from bigtfm.engine import checkpoint, distributed
+    from bigtfm.engine import checkpoint, distributed, loading
     from bigtfm.engine.build import build_engine
     from bigtfm.engine.checkpoint import Progress, Retention
     from bigtfm.engine.probe import PROBE_TOKENS, Probe
@@ -171,7 +171,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         save_bigtfm()
         saver.wait()
     with grown_memory(ranks) as memory_load:
-        checkpoint.load(checkpoint.folder_of(folder / "bigtfm", progress.step), engine, ranks)
+        loading.load(checkpoint.folder_of(folder / "bigtfm", progress.step), engine, ranks)
     shard = max(ranks.gather(4 * sum(p.numel for places in saver._layout.values() for p in places)))
 
     saves: dict[str, Callable[[], None]] = {"bigtfm": save_bigtfm, "deepspeed": save_deepspeed}

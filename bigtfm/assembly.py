@@ -19,7 +19,7 @@ from bigtfm.data.order import MAX_SIZE, InOrder, Source, WholeDocuments, Windows
 from bigtfm.data.special import SpecialIds
 from bigtfm.data.streaming import StreamedTokens
 from bigtfm.data.tokenizer import load_tokenizer
-from bigtfm.engine import checkpoint
+from bigtfm.engine import checkpoint, checksums, loading
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
 from bigtfm.engine.probe import PROBE_TOKENS, Probe, require_same
@@ -65,7 +65,7 @@ def learn_from_teacher(job: Job, model: LanguageModel, ranks: Ranks) -> None:
     _require_same_tokens(job, saved, distill.teacher)
     compute = model.compute.model_copy(update={"recompute": "none"})
     teacher = make_model(saved.run.model, saved.vocab_size, objective=saved.run.objective, compute=compute)
-    checkpoint.load_weights(saved.checkpoint, teacher)
+    loading.load_weights(saved.checkpoint, teacher)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     teacher.to(ranks.device, dtypes[job.resolved.precision])
     Distillation(teacher, distill.temperature, distill.weight).attach(model)
@@ -158,7 +158,7 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
     if found is None:
         if job.run.run.init_from is not None:
             path, heads = starting_point(job, now, ranks)
-            checkpoint.start_from(path, engine, heads)
+            loading.start_from(path, engine, heads)
         if job.run.run.vectors is not None:
             begin_with_vectors(job, job.run.run.vectors, engine, ranks)
         return Progress(identity=now), fresh_probe(job, ranks)
@@ -166,7 +166,7 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
     allow, before = job.run.resume.allow, saved_identity(state)
     refuse_changes(before, now, allow, job.run.run_dir)
     same_optimizer = before["recipe"]["optimizer"]["type"] == now["recipe"]["optimizer"]["type"]
-    progress = checkpoint.load(found, engine, ranks, moments=same_optimizer)
+    progress = loading.load(found, engine, ranks, moments=same_optimizer)
     if before["recipe"] != now["recipe"] and hasattr(engine.lr_scheduler, "last_batch_iteration"):
         engine.lr_scheduler.step(
             engine.lr_scheduler.last_batch_iteration
@@ -182,7 +182,7 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
             state["probe"],
             probe,
             loss,
-            lambda: checkpoint.changed_tensors(found, checkpoint.engine_checksums(engine, ranks)),
+            lambda: checksums.changed_tensors(found, checksums.engine_checksums(engine, ranks)),
             where=str(found),
         )
     return progress, probe

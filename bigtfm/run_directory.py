@@ -20,7 +20,7 @@ from bigtfm.config.sections import DataSection, DistillSection, ModelSection, Ob
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
-from bigtfm.engine import checkpoint
+from bigtfm.engine import checkpoint, checksums, loading
 from bigtfm.engine.distributed import Ranks
 from bigtfm.engine.probe import Probe, require_same
 from bigtfm.evaluate import unigram_bits_per_byte
@@ -304,7 +304,7 @@ def open_run(
         ) from None
     tokenizer = saved.tokenizer or load_tokenizer(run_dir / "tokenizer")  # says that there is none
     special = special_ids(tokenizer, saved.run)
-    checkpoint.load_weights(saved.checkpoint, model, quantized=True)
+    loading.load_weights(saved.checkpoint, model, quantized=True)
     _require_probe(saved.checkpoint, model)
     return model.eval(), tokenizer, special
 
@@ -317,6 +317,6 @@ def _require_probe(found: Path, model: LanguageModel) -> None:
     probe = Probe.from_json(kept, {"precision": "fp32", "device": "cpu", "torch": version("torch")})
 
     def changed() -> list[str]:
-        return checkpoint.changed_tensors(found, checkpoint.stored_checksums(found))
+        return checksums.changed_tensors(found, checksums.stored_checksums(found))
 
     require_same(kept, probe, probe.loss(model, torch.device("cpu")), changed, where=str(found))

@@ -93,9 +93,9 @@ BROKEN_LOADS: dict[str, Callable[[Any, Any, dict[str, Any]], None]] = {
 
 def load_as_named() -> None:
     """Each load leaves out what the run is named after."""
-    from bigtfm.engine import checkpoint
+    from bigtfm.engine import loading
 
-    load = checkpoint.load
+    load = loading.load
 
     def broken_load(found: Path, engine: Any, *args: Any, **kwargs: Any) -> Any:
         fresh_schedule = engine.lr_scheduler.state_dict()
@@ -103,7 +103,7 @@ def load_as_named() -> None:
         BROKEN_LOADS[found.parents[1].name](engine, progress, fresh_schedule)
         return progress
 
-    checkpoint.load = broken_load
+    loading.load = broken_load
     rank_runner.train_jobs()
 
 
@@ -114,9 +114,9 @@ def loads_shown() -> None:
     """
     from safetensors.torch import save_file
 
-    from bigtfm.engine import checkpoint, fragments
+    from bigtfm.engine import fragments, loading
 
-    load = checkpoint.load
+    load = loading.load
 
     def shown_load(found: Path, engine: Any, *args: Any, **kwargs: Any) -> Any:
         progress = load(found, engine, *args, **kwargs)
@@ -128,5 +128,5 @@ def loads_shown() -> None:
         save_file(held, found.parents[1] / f"{found.name}-loaded-{os.environ['RANK']}.safetensors")
         return progress
 
-    checkpoint.load = shown_load
+    loading.load = shown_load
     rank_runner.train_jobs()

@@ -20,7 +20,7 @@ from bigtfm.config.problems import ConfigProblem, did_you_mean
 from bigtfm.config.run import RunConfig, to_toml
 from bigtfm.config.sections import DataSection, EvalSection, RunSection
 from bigtfm.data.loader import Loader
-from bigtfm.engine import checkpoint, weights
+from bigtfm.engine import checkpoint, shards, weights
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.probe import Probe
 from bigtfm.evaluate import require_labels
@@ -121,7 +121,7 @@ def _check(method: str, share: float | None, group_size: int | None) -> None:
 
 
 def _require_unquantised(saved: SavedRun) -> None:
-    if kinds := checkpoint.quantized_kinds(checkpoint.read_index(saved.checkpoint)):
+    if kinds := shards.quantized_kinds(checkpoint.read_index(saved.checkpoint)):
         raise ConfigProblem(
             f"its weights are {' and '.join(kinds)} already",
             where=str(saved.checkpoint),

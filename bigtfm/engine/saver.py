@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigtfm.config.problems import DIVERGED, NumericsProblem, StorageProblem
-from bigtfm.engine import checkpoint, fragments, storage
+from bigtfm.engine import checkpoint, checksums, fragments, storage
 from bigtfm.engine.checkpoint import Progress, Retention
 from bigtfm.engine.fragments import Fragment
 from bigtfm.engine.probe import Probe
@@ -285,7 +285,7 @@ class Saver:
                 for name, entry in entries.items():
                     weights = next(place for place in self._layout[name] if place.key == "fp32")
                     values = self._buffer[weights.first : weights.first + weights.numel]
-                    entry["fragment"]["checksum"] = checkpoint.checksum(values, entry["fragment"]["start"])
+                    entry["fragment"]["checksum"] = checksums.checksum(values, entry["fragment"]["start"])
                     self._ranks.pulse.moves()
         gathered = ranks.gather({"files": files, "parameters": entries})
         with ranks.together(f"writing {final}"), storage.told_when_full(self._root, needed):

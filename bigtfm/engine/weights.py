@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bigtfm.engine import checkpoint, storage
 from bigtfm.engine.checkpoint import FORMAT, Progress
+from bigtfm.engine.shards import Shards
 from bigtfm.model.lora import is_adapter
 from bigtfm.model.quantized import Quantized
 
@@ -191,7 +192,7 @@ def read_weights(folder: Path, shapes: Mapping[str, Shape]) -> Iterator[tuple[st
     Raises:
         NoCheckpoint: it does not hold one of them in this shape.
     """
-    with checkpoint.Shards(folder) as shards:
+    with Shards(folder) as shards:
         for name, shape in shapes.items():
             shards.entry(name, shape)
             flat = torch.empty(math.prod(shape))

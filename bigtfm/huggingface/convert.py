@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ModelSection
-from bigtfm.engine import checkpoint
+from bigtfm.engine import loading
 from bigtfm.huggingface.mapping import Shape
 from bigtfm.huggingface.parity import require_parity
 from bigtfm.model.families import make_model
@@ -44,7 +44,7 @@ def compared(
     from transformers import __version__
 
     model = make_model(section, vocab_size)
-    checkpoint.load_weights(saved, model)
+    loading.load_weights(saved, model)
     return f"with {name} of transformers {__version__}: {require_parity(model.eval(), folder, name)}"
 
 

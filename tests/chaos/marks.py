@@ -56,12 +56,12 @@ def _break(name: str) -> None:
     """For a campaign to find: "orphan", or what each resume leaves out (broken_ranks.BROKEN_LOADS)."""
     import broken_ranks
 
-    from bigtfm.engine import checkpoint
+    from bigtfm.engine import loading
 
     if name == "orphan":
         subprocess.Popen(["sleep", "60"], start_new_session=True)
         return
-    load = checkpoint.load
+    load = loading.load
 
     def broken_load(found: Path, engine: Any, *args: Any, **kwargs: Any) -> Any:
         fresh_schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else {}
@@ -69,4 +69,4 @@ def _break(name: str) -> None:
         broken_ranks.BROKEN_LOADS[name](engine, progress, fresh_schedule)
         return progress
 
-    checkpoint.load = broken_load
+    loading.load = broken_load

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigtfm.config.problems import NoCheckpoint
-from bigtfm.engine import checkpoint, storage
+from bigtfm.engine import checkpoint, checksums, loading, storage
 
 
 def write(root: Path, step: int, *, value: float = 1.0) -> Path:
@@ -60,18 +60,18 @@ class Model(nn.Module):
 
 def test_weights_are_put_together_from_all_shards(tmp_path: Path) -> None:
     model = Model(2, 3)
-    checkpoint.load_weights(write(tmp_path, 1), model)
+    loading.load_weights(write(tmp_path, 1), model)
     assert model.weight.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
 
 
 def test_another_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NoCheckpoint, match=r"weight as \[2, 3\], the model needs \[3, 2\]"):
-        checkpoint.load_weights(write(tmp_path, 1), Model(3, 2))
+        loading.load_weights(write(tmp_path, 1), Model(3, 2))
 
 
 def test_a_parameter_that_the_model_lacks_is_no_detail(tmp_path: Path) -> None:
     with pytest.raises(NoCheckpoint, match="has weight, which the model lacks"):
-        checkpoint.load_weights(write(tmp_path, 1), nn.Module())
+        loading.load_weights(write(tmp_path, 1), nn.Module())
 
 
 def test_the_newest_that_verifies_is_chosen(tmp_path: Path) -> None:
@@ -252,17 +252,17 @@ def test_what_is_signed_and_makes_no_sense_is_damaged(what: str, tmp_path: Path)
 def test_a_checksum_does_not_depend_on_where_it_is_cut(cuts: list[int], seed: int) -> None:
     values = torch.randn(40, generator=torch.Generator().manual_seed(seed))
     edges = sorted({0, 40, *cuts})
-    parts = [checkpoint.checksum(values[a:b], a) for a, b in pairwise(edges)]
-    assert sum(parts) % 2**64 == checkpoint.checksum(values, 0)
+    parts = [checksums.checksum(values[a:b], a) for a, b in pairwise(edges)]
+    assert sum(parts) % 2**64 == checksums.checksum(values, 0)
 
 
 def test_a_checksum_sees_a_flipped_bit_and_a_swap() -> None:
     values = torch.randn(2**20 + 3, generator=torch.Generator().manual_seed(0))  # over a piece's end
-    sound = checkpoint.checksum(values, 0)
+    sound = checksums.checksum(values, 0)
     values[[5, 2**20 + 1]] = values[[2**20 + 1, 5]]
-    swapped = checkpoint.checksum(values, 0)
+    swapped = checksums.checksum(values, 0)
     values[2**20 + 2] = torch.nextafter(values[2**20 + 2], torch.tensor(9.0))
-    assert len({sound, swapped, checkpoint.checksum(values, 0)}) == 3
+    assert len({sound, swapped, checksums.checksum(values, 0)}) == 3
 
 
 def test_ranks_verify_their_share_of_the_files(tmp_path: Path) -> None:

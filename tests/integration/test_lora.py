@@ -12,7 +12,7 @@ from many_runs import SCHEDULE, fork_run, job, losses_after, rows_of, shards_of
 from plain_torch import relative
 
 from bigtfm.engine import checkpoint
-from bigtfm.engine.checkpoint import Shards
+from bigtfm.engine.shards import Shards
 from bigtfm.model.lora import is_adapter
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from bigtfm.cli import app
 from bigtfm.config.problems import NoCheckpoint
 from bigtfm.config.sections import TuneSection
-from bigtfm.engine import checkpoint, weights
-from bigtfm.engine.checkpoint import Shards
+from bigtfm.engine import checkpoint, shards, weights
+from bigtfm.engine.shards import Shards
 from bigtfm.export import export
 from bigtfm.huggingface.export_hf import export_hf
 from bigtfm.huggingface.import_hf import import_hf
@@ -161,6 +161,6 @@ def test_commands_take_it(command: list[str], folder: Path, tmp_path: Path) -> N
 def test_another_scale_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: merged otherwise than it was trained, the probe has another loss."""
     open_run(folder / "runs/bert")
-    monkeypatch.setattr(checkpoint, "_adapter_scale", lambda _: 6.0)
+    monkeypatch.setattr(shards, "_adapter_scale", lambda _: 6.0)
     with pytest.raises(NoCheckpoint, match="the model computes otherwise"):
         open_run(folder / "runs/bert")
