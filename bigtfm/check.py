@@ -270,14 +270,13 @@ def _tunes(config: RunConfig, deepspeed: DeepSpeedConfig) -> None:
             where=str(deepspeed.path),
             fix="use AdamW, or leave [tune] out",
         )
-    frozen = tune.lora_rank or tune.train == "head" or not tune.embeddings
-    if frozen and deepspeed.offload("param") == "nvme":
+    if tune.freezes and deepspeed.offload("param") == "nvme":
         raise ConfigProblem(
             "weights that [tune] leaves as they are can't be read from NVMe for a checkpoint",
             where=str(deepspeed.path),
             fix='write "offload_param": {"device": "cpu"}, or leave [tune] out',
         )
-    if frozen and config.compute.fp8 != "none":
+    if tune.freezes and config.compute.fp8 != "none":
         raise ConfigProblem(
             "compute.fp8 computes the gradients of all matrices, and [tune] leaves some as they are",
             where="run config",

@@ -547,6 +547,11 @@ class TuneSection(Section):
         """Whether a matrix of a block, or its module, has an adapter."""
         return self.lora_rank > 0 and (self.lora_on == "all" or ".mlp." not in name)
 
+    @property
+    def freezes(self) -> bool:
+        """Whether parameters stay as they begin: some, or all but a head and adapters."""
+        return self.train == "head" or self.lora_rank > 0 or not self.embeddings
+
     def learns(self, name: str) -> bool:
         """Whether a parameter learns; the others have neither gradients nor fp32 masters nor moments."""
         if self.train == "head" or self.lora_rank:

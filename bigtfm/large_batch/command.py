@@ -101,7 +101,7 @@ def measure(
 
 def _require_all_trained(run_dir: Path, stated: dict[str, Any]) -> None:
     tune = TuneSection.model_validate(stated.get("tune", {}))
-    if tune.train == "head" or tune.lora_rank or not tune.embeddings:
+    if tune.freezes:
         raise ConfigProblem(
             "the run trains a part of its weights ([tune]), and what would be measured is the noise of all",
             where=str(run_dir),
