@@ -116,7 +116,9 @@ def fit_rows(rows: Sequence[Row], out: Path) -> Rates:
         values |= fit(works, times, kinds, [median(row["seconds"]) for row in rows])
     device, threads = rows[0]["device"], rows[0]["threads_used"]
     source = f"measured: {len(rows)} trainings on {rows[0]['ranks']} ranks, {device}, {threads} threads each"
-    return Rates(**values, source=source, measured=True)
+    return Rates(
+        **values, source=source, device=device, precision=rows[0]["precision"], ranks=rows[0]["ranks"]
+    )
 
 
 def fit(

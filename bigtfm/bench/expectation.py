@@ -15,10 +15,18 @@ from bigtfm.planner.step_time import Rates, plan_step, table_rates
 
 @dataclass(frozen=True)
 class Expectation:
-    """device: "cpu", or a GPU's name. rates: measured on it; None: a GPU's data sheet, and none for a CPU."""
+    """device: "cpu", or a GPU's name. rates: measured on it; None: a GPU's data sheet, and none for a CPU.
+
+    Raises:
+        ConfigProblem: the rates are another device's.
+    """
 
     device: str
     rates: Rates | None = None
+
+    def __post_init__(self) -> None:
+        if self.rates is not None:
+            self.rates.suit(self.device)
 
     def of(self, job: Job) -> Row:
         """Bytes of a rank by category and at the peak; where there are rates, seconds of a step."""
@@ -35,7 +43,9 @@ class Expectation:
             attention=attention,
         )
         memory, gpu, rates = plan_memory(setting), device_of(self.device), self.rates
-        if rates is None and gpu is not None:
-            rates = table_rates(gpu, setting.precision)
+        if gpu is not None and (estimated := table_rates(gpu, setting.precision)) is not None:
+            rates = estimated if rates is None else rates.completed(estimated)
+        if rates is not None and rates.precision != setting.precision:
+            rates = None
         found: Row = {"memory": {name: getattr(memory, name) for name in (*CATEGORIES, "peak")}}
         return found | ({"step_seconds": plan_step(setting, rates).seconds} if rates is not None else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,8 @@ from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import load_run_config
 from bigtfm.plan.job import plan
-from bigtfm.plan.view import BEST, draw, render, render_candidates
-from bigtfm.planner.search import Candidate, deepspeed_values, search_for
+from bigtfm.plan.view import BEST, advice, draw, render, render_candidates
+from bigtfm.planner.search import Candidate, deepspeed_values
 
 
 def show(
@@ -39,7 +40,7 @@ def show(
     """
     from rich.console import Console
 
-    _options_fit(search, write, confirm, calibration, calibrate)
+    _options_fit(search, write, confirm, calibration, calibrate, picture)
     console = Console(stderr=as_json)
     if calibrate is not None:
         from bigtfm.bench.calibrate import calibrate as measure
@@ -47,7 +48,7 @@ def show(
         calibration = measure(
             calibrate, min(gpus, gpus_per_node), load_deepspeed_json(deepspeed_json).precision
         )
-    stated, rates, deepspeed = plan(
+    stated, deepspeed = plan(
         config, deepspeed_json, overrides, gpus=gpus, gpu=gpu, gpus_per_node=gpus_per_node,
         calibration=calibration,
     )  # fmt: skip
@@ -56,9 +57,12 @@ def show(
     said, fits = stated.to_dict(), stated.fits
     if not as_json:
         console.print(render(stated))
+    if not fits and not search:
+        said["advice"] = advice(stated.candidates()[0])
+        if not as_json:
+            console.print(f"advice: {said['advice']}")
     if search:
-        target = stated.target
-        candidates = search_for(stated.setting, rates, target.budget, target.gpus_per_node)
+        candidates = stated.candidates()
         fits = candidates[0].fits
         if confirm and fits:
             from bigtfm.bench.confirm import confirmed
@@ -78,14 +82,25 @@ def show(
 
 
 def _options_fit(
-    search: bool, write: Path | None, confirm: int, calibration: Path | None, calibrate: Path | None
-) -> None:
+    search: bool, write: Path | None, confirm: int, calibration: Path | None, calibrate: Path | None,
+    picture: Path | None,
+) -> None:  # fmt: skip
+    """Before anything is measured or found."""
     if not search and (write is not None or confirm):
         option = "--write" if write is not None else "--confirm"
         raise ConfigProblem(f"{option} is for what a search finds", where="command line", fix="add --search")
     if calibration is not None and calibrate is not None:
         fix = "leave one of them out"
         raise ConfigProblem("--calibration and --calibrate both say the rates", where="command line", fix=fix)
+    if picture is not None and picture.suffix != ".png":
+        raise ConfigProblem("--picture is a PNG", where=str(picture), fix="name it .png")
+    for path in filter(None, (write, calibrate, picture)):
+        if not path.parent.is_dir() or path.is_dir():
+            raise ConfigProblem(
+                "can't become a file", where=str(path), fix="name one in a folder that is there"
+            )
+    if write is not None and write.exists():
+        raise ConfigProblem("is there already", where=str(write), fix="name another file, or remove it")
 
 
 def _found(candidate: Candidate) -> dict[str, Any]:
@@ -101,12 +116,8 @@ def _found(candidate: Candidate) -> dict[str, Any]:
 
 
 def write_json(deepspeed: DeepSpeedConfig, candidate: Candidate, path: Path) -> None:
-    """The user's DeepSpeed JSON with the candidate's choices.
-
-    Raises:
-        ConfigProblem: the file is there already, or what was found is no valid JSON for DeepSpeed.
-    """
-    if path.exists():
-        raise ConfigProblem("is there already", where=str(path), fix="name another file, or remove it")
-    path.write_text(json.dumps(deepspeed_values(deepspeed.values, candidate), indent=2) + "\n", "utf-8")
-    load_deepspeed_json(path)
+    """The user's DeepSpeed JSON with the candidate's choices; whole, or not there."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(json.dumps(deepspeed_values(deepspeed.values, candidate), indent=2) + "\n", "utf-8")
+    load_deepspeed_json(new)
+    new.replace(path)

@@ -10,15 +10,16 @@ from typing import Any
 
 from bigtfm.config.batch import GlobalBatch, global_batch
 from bigtfm.config.deepspeed import DeepSpeedConfig, load_deepspeed_json
-from bigtfm.config.problems import ConfigProblem, did_you_mean
+from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.run import RunConfig, load_run_config
 from bigtfm.data.indexed import HEADER_NAME, TokenDataset
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import load_tokenizer
-from bigtfm.planner.hardware import GIB, NAMES, Device, device_of
+from bigtfm.planner.hardware import GIB, Device, device_of, names_like
 from bigtfm.planner.memory import MemoryPlan, plan_memory, size_text
+from bigtfm.planner.search import Candidate, search_for
 from bigtfm.planner.setting import Setting, setting_of
-from bigtfm.planner.step_time import Rates, StepPlan, plan_step, table_rates
+from bigtfm.planner.step_time import NVME_BANDWIDTH, Rates, StepPlan, plan_step, table_rates
 from bigtfm.planner.throughput import flops_per_token
 
 CONTEXT = 3 * GIB // 2  # of a GPU: CUDA's context, the libraries' workspaces, NCCL's buffers; assumed
@@ -50,6 +51,8 @@ class Planned:
     target: Target
     memory: MemoryPlan
     step: StepPlan
+    batch: GlobalBatch
+    compiled: bool  # blocks are
     steps: int | None  # of the run; None: neither file says
     hours: float | None  # of all of them; in a ramp-up of the batch they are shorter
     mfu: float | None  # None: a CPU
@@ -60,15 +63,32 @@ class Planned:
         return self.memory.peak <= self.target.budget
 
     @property
-    def kilowatt_hours(self) -> float | None:
+    def tokens(self) -> int | None:
+        """Of the run, where every sequence is full."""
+        return None if self.steps is None else self.batch.samples(self.steps) * self.setting.seq_len
+
+    @property
+    def hours_per_billion(self) -> float:
+        """Of 10^9 tokens, in steps of the whole batch."""
+        return 1e9 / self.step.tokens_per_second / 3600
+
+    def kilowatt_hours(self, hours: float | None) -> float | None:
         """Of the GPUs at full power, without their hosts and cooling; None: not known."""
-        if self.hours is None or self.target.device is None:
+        if hours is None or self.target.device is None:
             return None
-        return self.hours * self.target.ranks * self.target.device.power / 1000
+        return hours * self.target.ranks * self.target.device.power / 1000
+
+    def candidates(self) -> list[Candidate]:
+        """The configurations at the same loss, the fastest that fits first."""
+        target, ramp = self.target, self.batch.sizes
+        return search_for(
+            self.setting, self.step.rates, target.budget, target.gpus_per_node,
+            compiled=self.compiled, ramp=ramp,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON object. Bytes of one rank, seconds of one optimizer step."""
-        s, hours = self.setting, self.hours
+        s, hours, billion = self.setting, self.hours, self.hours_per_billion
         return {
             "gpu": self.target.gpu, "gpus": self.target.ranks, "gpus_per_node": self.target.gpus_per_node,
             "zero_stage": s.stage, "micro_batch": s.micro_batch, "accumulation": s.accumulation,
@@ -81,9 +101,12 @@ class Planned:
                 "sent": self.step.communication.sent,
                 "between_nodes": self.step.communication.between_nodes(self.target.gpus_per_node),
             },
-            "steps": self.steps, "hours": hours, "gpu_hours": hours and hours * self.target.ranks,
-            "kilowatt_hours": self.kilowatt_hours, "source": self.step.source,
-            "unknown": list(self.unknown),
+            "steps": self.steps, "tokens": self.tokens,
+            "hours": hours, "gpu_hours": hours and hours * self.target.ranks,
+            "kilowatt_hours": self.kilowatt_hours(hours),
+            "gpu_hours_per_billion_tokens": billion * self.target.ranks,
+            "kilowatt_hours_per_billion_tokens": self.kilowatt_hours(billion),
+            "source": self.step.rates.source, "unknown": list(self.unknown),
         }  # fmt: skip
 
 
@@ -96,7 +119,7 @@ def plan(
     gpu: str,
     gpus_per_node: int = 8,
     calibration: Path | None = None,
-) -> tuple[Planned, Rates, DeepSpeedConfig]:
+) -> tuple[Planned, DeepSpeedConfig]:
     """The whole plan of a job, in one place.
 
     calibration: a file with measured rates; None: the data sheet's, or of a CPU what is measured now.
@@ -118,17 +141,11 @@ def plan(
     )
     rates = rates_for(target, setting, calibration)
     batch = global_batch(run.batch, setting.global_batch, setting.micro_batch, gpus)
-    found = planned(setting, target, rates, batch, _steps(run, deepspeed), run.compute.compile_blocks)
-    return found, rates, deepspeed
+    return _planned(setting, target, rates, batch, _steps(run, deepspeed), run), deepspeed
 
 
-def planned(
-    setting: Setting,
-    target: Target,
-    rates: Rates,
-    batch: GlobalBatch,
-    steps: int | None,
-    compiled: bool = False,
+def _planned(
+    setting: Setting, target: Target, rates: Rates, batch: GlobalBatch, steps: int | None, run: RunConfig
 ) -> Planned:
     """What a setting comes to there."""
     memory, step = plan_memory(setting), plan_step(setting, rates, target.gpus_per_node)
@@ -137,12 +154,13 @@ def planned(
         setting.model, setting.vocab_size, setting.seq_len, setting.objective, setting.tune
     )
     mfu = step.tokens_per_second * flops / (peak * target.ranks) if peak else None
-    unknown = tuple(_unknown(setting, target, step, steps, compiled))
+    unknown = tuple(_unknown(setting, target, step, steps, run))
     once, seconds = setting.micro_batch * setting.world_size, 0.0
     for size, count in batch.parts(steps or 0):
         each = replace(setting, accumulation=size // once)
         seconds += count * plan_step(each, rates, target.gpus_per_node).seconds
-    return Planned(setting, target, memory, step, steps, seconds / 3600 if steps else None, mfu, unknown)
+    hours, compiled = seconds / 3600 if steps else None, run.compute.compile_blocks
+    return Planned(setting, target, memory, step, batch, compiled, steps, hours, mfu, unknown)
 
 
 def target_of(gpu: str, gpus: int, gpus_per_node: int) -> Target:
@@ -157,9 +175,7 @@ def target_of(gpu: str, gpus: int, gpus_per_node: int) -> Target:
         return Target(gpu, None, gpus, gpus_per_node, int(share / (1 + FRAGMENTATION)))
     device = device_of(gpu)
     if device is None:
-        raise ConfigProblem(
-            f"no GPU '{gpu}' in the table", where="command line: --gpu", fix=did_you_mean(gpu, NAMES)
-        )
+        raise ConfigProblem(f"no GPU '{gpu}' in the table", where="command line: --gpu", fix=names_like(gpu))
     budget = int((device.memory - CONTEXT) / (1 + FRAGMENTATION))
     return Target(gpu, device, gpus, gpus_per_node, budget)
 
@@ -192,20 +208,23 @@ def rates_for(target: Target, setting: Setting, calibration: Path | None) -> Rat
     """Measured rates where there are some, else the table's.
 
     Raises:
-        ConfigProblem: the file holds none, or the GPU has no unit for this precision.
+        ConfigProblem: the file holds none, or other hardware's, or the GPU has no unit for this precision.
     """
-    if calibration is not None:
-        return Rates.read(calibration)
+    measured = None if calibration is None else Rates.read(calibration)
+    if measured is not None:
+        measured.suit(target.name, setting.precision)
     if target.device is None:
-        return _cpu_rates(setting.precision, min(target.ranks, target.gpus_per_node))
-    rates = table_rates(target.device, setting.precision)
-    if rates is None:
-        raise ConfigProblem(
-            f"{target.gpu} has no units for {setting.precision}",
-            where="command line: --gpu",
-            fix="use an fp16 or fp32 JSON, for example ds_configs/zero2_fp16.json",
-        )
-    return rates
+        rates = _cpu_rates(setting.precision, min(target.ranks, target.gpus_per_node))
+    else:
+        estimated = table_rates(target.device, setting.precision)
+        if estimated is None:
+            raise ConfigProblem(
+                f"{target.gpu} has no units for {setting.precision}",
+                where="command line: --gpu",
+                fix="use an fp16 or fp32 JSON, for example ds_configs/zero2_fp16.json",
+            )
+        rates = estimated
+    return rates if measured is None else measured.completed(rates)
 
 
 def _cpu_rates(precision: str, ranks: int) -> Rates:
@@ -227,8 +246,8 @@ def _cpu_rates(precision: str, ranks: int) -> Rates:
     return Rates(
         products=product / 0.8, attention=product / 0.3, traffic=ranks * traffic, operations=20e-6,
         update=ranks * traffic, tensors=30e-6, sent=ranks * 4 * traffic, between_nodes=0.0, calls=1e-3,
-        moved=0.0, steps=1e-3,
-        source=f"{peak.source}, and a copy; all else is assumed", measured=False,
+        moved=0.0, swapped=1 / NVME_BANDWIDTH, steps=1e-3,
+        source=f"{peak.source}, and a copy; all else is assumed", device="cpu", precision=precision, ranks=0,
     )  # fmt: skip
 
 
@@ -247,12 +266,19 @@ def _steps(run: RunConfig, deepspeed: DeepSpeedConfig) -> int | None:
 
 
 def _unknown(
-    setting: Setting, target: Target, step: StepPlan, steps: int | None, compiled: bool
+    setting: Setting, target: Target, step: StepPlan, steps: int | None, run: RunConfig
 ) -> list[str]:
     """What this plan does not know."""
     found = []
-    if not step.measured:
-        found.append(f"time: no calibration for {target.gpu}: {step.source}")
+    rates = step.rates
+    if not rates.measured:
+        found.append(f"time: no calibration for {target.gpu}: {rates.source}")
+    elif rates.ranks != target.ranks:
+        found.append(f"time: rates of {rates.ranks} ranks, which may share less than {target.ranks} do")
+    if setting.offload("optimizer") != "none" or setting.offload("param") != "none":
+        on_disk = "nvme" in (setting.offload("optimizer"), setting.offload("param"))
+        disks = f", {NVME_BANDWIDTH / 1e9:g} GB/s of a node's disks are assumed" if on_disk else ""
+        found.append(f"offload: whether the host has that memory or space{disks}")
     if target.device is not None:
         found.append("memory: the arithmetic is checked against torch on CPUs, not on this GPU")
         found.append(
@@ -263,8 +289,14 @@ def _unknown(
         if target.ranks > target.gpus_per_node:
             rate = target.device.network * 8 / 1e9
             found.append(f"network: {rate:g} Gbit/s for each GPU between nodes is assumed")
-    if compiled:
+    elif target.ranks > target.gpus_per_node:
+        found.append("network: how fast it is between nodes; the plan takes it for no slower than memory")
+    if run.compute.compile_blocks:
         found.append("compile_blocks: compiled blocks keep less and are faster; by how much is not known")
+    if run.compute.fp8 != "none":
+        found.append("fp8: products in 8 bits are faster and keep less; by how much is not known")
+    if run.distill.teacher is not None:
+        found.append("distill: the teacher's memory and time are left out")
     if steps is None:
         found.append("hours: neither run.steps nor a scheduler says how many steps")
     else:

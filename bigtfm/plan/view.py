@@ -44,11 +44,19 @@ def _rows(plan: Planned) -> dict[str, str]:
         if size := getattr(memory, name):
             rows[f"  {name}"] = f"{size_text(size)}  {size / memory.peak:.1%}"
     if memory.host or memory.nvme:
-        rows["  offloaded"] = f"{size_text(memory.host)} in host memory, {size_text(memory.nvme)} on NVMe"
+        ranks, places = (
+            min(target.ranks, target.gpus_per_node),
+            {"host memory": memory.host, "NVMe": memory.nvme},
+        )
+        rows["  offloaded"] = ", ".join(
+            f"{size_text(size)} in {name.replace('NVMe', 'files on NVMe')} ({size_text(ranks * size)} a node)"
+            for name, size in places.items()
+            if size
+        )
     parts = ", ".join(
         f"{name} {seconds / step.seconds:.0%}" for name, seconds in step.split.items() if seconds
     )
-    rows["step"] = f"{step.seconds:.3g} s: {parts}"
+    rows["step"] = f"{_duration(step.seconds)}: {parts}"
     mfu = f", MFU {plan.mfu:.1%}" if plan.mfu else ""
     rows["speed"] = f"{step.tokens_per_second:,.0f} tokens/s{mfu}"
     sent = step.communication
@@ -64,13 +72,41 @@ def _rows(plan: Planned) -> dict[str, str]:
             f"; {size_text(between)} of it through its network card" if between else ""
         )
     if plan.hours is not None:
-        energy = f", {plan.kilowatt_hours:,.0f} kWh at full power" if plan.kilowatt_hours else ""
-        rows["run"] = (
-            f"{plan.steps:,} steps: {plan.hours:,.1f} h, {plan.hours * target.ranks:,.1f} GPU-h{energy}"
-        )
+        rows["run"] = f"{plan.steps:,} steps, {_count(plan.tokens or 0)} tokens: {_cost(plan, plan.hours)}"
+    rows["a billion tokens"] = _cost(plan, plan.hours_per_billion)
     for number, line in enumerate(plan.unknown):
         rows["not known" if not number else " " * (number + 1)] = line
     return rows
+
+
+def _cost(plan: Planned, hours: float) -> str:
+    energy = plan.kilowatt_hours(hours)
+    power = "" if energy is None else f", {energy:,.1f} kWh at full power"
+    return (
+        f"{hours:,.2f} h, {hours * plan.target.ranks:,.2f} {'GPU' if plan.target.device else 'rank'}-h{power}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:,.1f} ms"
+    return f"{seconds:,.2f} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _count(number: float) -> str:
+    """As run configs have it: 21 G."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,.0f}"
+
+
+def advice(best: Candidate) -> str:
+    """What to do about a job that does not fit; `best`: what a search has found to be the best."""
+    if not best.fits:
+        return "nothing that leaves the loss alone fits: take more GPUs, or larger ones"
+    speed, size = f"{best.step.tokens_per_second:,.0f} tokens/s", size_text(best.memory.peak)
+    return f"{best.label} fits: {size}, {speed}, the same loss; --search lists more, --write writes its JSON"
 
 
 def render_candidates(candidates: Sequence[Candidate], stated: Planned) -> Table:
@@ -81,12 +117,18 @@ def render_candidates(candidates: Sequence[Candidate], stated: Planned) -> Table
     table = Table(
         title=f"{fitting} of {len(candidates)} configurations fit; the fastest", title_justify="left"
     )
+    caption = (
+        ""
+        if stated.step.rates.measured
+        else "of estimated rates: what differs by little, --confirm tells apart"
+    )
+    table.caption, table.caption_justify = caption, "left"
     tried = any(candidate.measured for candidate in candidates)
     names = (
         "configuration",
         "tokens/s",
         *(["measured"] if tried else []),
-        "of the stated",
+        "against yours",
         "a rank's memory",
     )
     for name in names:
@@ -97,7 +139,7 @@ def render_candidates(candidates: Sequence[Candidate], stated: Planned) -> Table
             candidate.label,
             f"{candidate.step.tokens_per_second:,.0f}",
             *([measured] if tried else []),
-            f"{candidate.step.tokens_per_second / stated.step.tokens_per_second:.2f}",
+            f"{candidate.step.tokens_per_second / stated.step.tokens_per_second:.2f} x",
             size_text(candidate.memory.peak),
         )
     return table

@@ -7,7 +7,8 @@ The global batch stays, and so does everything of the recipe: what varies is the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,23 +48,26 @@ class Candidate:
 
 
 def search_for(
-    setting: Setting, rates: Rates, budget: int, gpus_per_node: int, *, compiled: bool = False
-) -> list[Candidate]:
+    setting: Setting, rates: Rates, budget: int, gpus_per_node: int, *,
+    compiled: bool = False, ramp: Sequence[int] = (),
+) -> list[Candidate]:  # fmt: skip
     """All candidates, those that fit into `budget` bytes a rank first, the fastest of them first.
 
-    compiled: blocks are; selective recomputation can't look into them.
+    compiled: blocks are; selective recomputation can't look into them. ramp: the batch's earlier sizes, which
+    a layout has to make, too.
     """
     found = []
-    for changed in _variants(setting, compiled):
+    for changed in _variants(setting, compiled, ramp):
         memory = plan_memory(changed)
         step = plan_step(changed, rates, gpus_per_node)
         found.append(Candidate(changed, memory, step, memory.peak <= budget))
     return sorted(found, key=lambda each: (not each.fits, each.step.seconds, each.memory.peak))
 
 
-def _variants(setting: Setting, compiled: bool) -> Iterator[Setting]:
+def _variants(setting: Setting, compiled: bool, ramp: Sequence[int]) -> Iterator[Setting]:
     share = setting.global_batch // setting.world_size
-    sizes = [size for size in range(1, share + 1) if share % size == 0][-MICRO_BATCHES:]
+    largest = math.gcd(setting.global_batch, *ramp) // setting.world_size
+    sizes = [size for size in range(1, largest + 1) if largest % size == 0][-MICRO_BATCHES:]
     recomputes = [each for each in RECOMPUTE if not (compiled and each == "selective")]
     for stage, size, recompute, offload in itertools.product(range(4), sizes, recomputes, OFFLOADS):
         if not _makes_sense(setting, stage, offload):

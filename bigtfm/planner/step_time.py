@@ -11,14 +11,18 @@ such hardware is at hand, a data sheet's times efficiencies that are named below
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ADAPTERS
 from bigtfm.planner.activations import loss_bytes, segments
 from bigtfm.planner.communication import CommunicationPlan, plan_communication
-from bigtfm.planner.hardware import Device
+from bigtfm.planner.hardware import Device, device_of
 from bigtfm.planner.parameters import MOMENTS, block_matrices, cross_matrices
 from bigtfm.planner.setting import Setting
 from bigtfm.planner.throughput import passes
@@ -30,6 +34,8 @@ LAUNCH_SECONDS = 5e-6  # of an operation on a GPU; assumed
 CALL_SECONDS = 30e-6  # of a collective; assumed
 HOST_BANDWIDTH = 64e9  # bytes a second between a GPU and its host, PCIe 4 x16, both directions; assumed
 HOST_UPDATE = 100e9  # bytes a second of an optimizer on the host's memory; assumed
+NVME_BANDWIDTH = 6e9  # bytes a second to and from the disks of a node; assumed
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds for a unit
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Work:
     between_nodes: float  # bytes through a GPU's network card
     calls: float  # of collectives
     moved: float  # bytes between GPU and host, by offload
+    swapped: float  # bytes to and from the disks of its node, by offload to NVMe: those of all its ranks
     steps: float  # 1: what a step takes besides: its data, its row in the log
 
 
@@ -53,19 +60,28 @@ class Work:
 class Rates:
     """Seconds for a unit of each kind of work."""
 
-    products: float
-    attention: float
-    traffic: float
-    operations: float
-    update: float
-    tensors: float
-    sent: float
-    between_nodes: float
-    calls: float
-    moved: float
-    steps: float
+    products: Annotated[Rate, Field(gt=0)]
+    attention: Rate
+    traffic: Rate
+    operations: Rate
+    update: Rate
+    tensors: Rate
+    sent: Rate
+    between_nodes: Rate
+    calls: Rate
+    moved: Rate
+    swapped: Rate
+    steps: Rate
     source: str
-    measured: bool
+    device: str  # "cpu", or a GPU's name
+    precision: str
+    ranks: Annotated[int, Field(ge=0)]  # that measured them; 0: none did, they are estimated
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    @property
+    def measured(self) -> bool:
+        return self.ranks > 0
 
     @classmethod
     def read(cls, path: Path) -> Rates:
@@ -75,16 +91,40 @@ class Rates:
             ConfigProblem: the file holds none.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigProblem(
-                f"holds no calibration: {error}",
-                where=str(path),
-                fix="write one with bigtfm plan --calibrate",
-            ) from None
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except OSError as error:
+            why = error.strerror or str(error)
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+        fix = "write one with bigtfm plan --calibrate"
+        raise ConfigProblem(f"holds no calibration: {why}", where=str(path), fix=fix)
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        new.replace(path)
+
+    def suit(self, device: str, precision: str | None = None) -> None:
+        """Refuses to speak for other hardware or, if given, another precision.
+
+        Raises:
+            ConfigProblem: they are others'.
+        """
+        here, there = (device_of(name) or name for name in (device, self.device))
+        if here != there or precision not in (None, self.precision):
+            wanted = device if precision is None else f"{device} in {precision}"
+            raise ConfigProblem(
+                f"its rates are those of {self.device} in {self.precision}, not of {wanted}",
+                where="calibration",
+                fix="write one with bigtfm plan --calibrate on that hardware and in that precision, or none",
+            )
+
+    def completed(self, others: Rates) -> Rates:
+        """With those of `others` for what trainings on one machine don't show: offload, a network."""
+        alone = ("sent", "calls") if self.ranks == 1 else ()
+        unseen = ("between_nodes", "moved", "swapped", *alone)
+        return replace(self, **{kind: getattr(others, kind) for kind in unseen})
 
 
 @dataclass(frozen=True)
@@ -95,8 +135,7 @@ class StepPlan:
     split: dict[str, float]  # products, attention, memory, launches, update, communication, offload, other
     tokens_per_second: float
     communication: CommunicationPlan
-    source: str
-    measured: bool
+    rates: Rates
 
 
 def plan_step(setting: Setting, rates: Rates, gpus_per_node: int = 8) -> StepPlan:
@@ -113,7 +152,7 @@ def plan_step(setting: Setting, rates: Rates, gpus_per_node: int = 8) -> StepPla
         # Both links are at work at a time.
         "communication": max(work.sent * rates.sent, work.between_nodes * rates.between_nodes)
         + work.calls * rates.calls,
-        "offload": work.moved * rates.moved,
+        "offload": work.moved * rates.moved + work.swapped * rates.swapped,
         "other": work.steps * rates.steps,
     }
     overlaps = setting.zero.get("overlap_comm", setting.stage == 3) and not setting.on_cpu
@@ -121,9 +160,7 @@ def plan_step(setting: Setting, rates: Rates, gpus_per_node: int = 8) -> StepPla
         hidden = 0.8 * (split["products"] + split["attention"] + split["memory"])
         split["communication"] = max(split["communication"] - hidden, 0.1 * split["communication"])
     seconds = sum(split.values())
-    return StepPlan(
-        seconds, split, setting.tokens_per_step / seconds, communication, rates.source, rates.measured
-    )
+    return StepPlan(seconds, split, setting.tokens_per_step / seconds, communication, rates)
 
 
 def work_of(setting: Setting, gpus_per_node: int = 8) -> Work:
@@ -164,8 +201,25 @@ def work_of(setting: Setting, gpus_per_node: int = 8) -> Work:
         between_nodes=communication.between_nodes(gpus_per_node),
         calls=communication.calls,
         moved=moved,
+        swapped=_swapped(setting) * min(setting.world_size, gpus_per_node),
         steps=1,
     )
+
+
+def _swapped(setting: Setting) -> float:
+    """Bytes that a rank reads from a disk and writes to it (Rajbhandari et al. 2021, ZeRO-Infinity).
+
+    The optimizer's masters and moments are read and written, fp32 gradients written and read; weights are
+    read for each forward and each backward, and written once.
+    """
+    size, updated = setting.value_bytes, _updated(setting)
+    swapped = 0.0
+    if setting.offload("optimizer") == "nvme":
+        swapped += 2 * (4 + 4 * MOMENTS.get(setting.optimizer, 2) + 4) * updated
+    if setting.offload("param") == "nvme":
+        count = sum(p.numel for p in setting.parameters) / setting.world_size
+        swapped += size * (2 * setting.accumulation * count + updated)
+    return swapped
 
 
 def _updated(setting: Setting) -> float:
@@ -234,7 +288,10 @@ def table_rates(device: Device, precision: str) -> Rates | None:
         between_nodes=1 / (EFFICIENCY["link"] * device.network),
         calls=CALL_SECONDS,
         moved=1 / (EFFICIENCY["host_link"] * HOST_BANDWIDTH),
+        swapped=1 / NVME_BANDWIDTH,
         steps=0.0,
         source=f"estimated: {device.source}, with assumed efficiencies",
-        measured=False,
+        device=device.name,
+        precision=precision,
+        ranks=0,
     )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import TINY
 
 from bigtfm.bench.expectation import Expectation
+from bigtfm.config.problems import ConfigProblem
 from bigtfm.job import Job, check_job
 from bigtfm.planner.step_time import Rates
 
 ZERO = dict.fromkeys(
-    ("attention", "traffic", "operations", "update", "tensors", "sent", "between_nodes", "calls", "moved"),
+    (
+        *("attention", "traffic", "operations", "update", "tensors"),
+        *("sent", "between_nodes", "calls", "moved", "swapped"),
+    ),
     0.0,
 )
+RATES = Rates(products=0.0, **ZERO, steps=0.25, source="a test", device="cpu", precision="fp32", ranks=1)
 
 
 @pytest.fixture
@@ -27,6 +33,8 @@ def test_a_step_is_expected_where_there_are_rates(job: Job) -> None:
     here = Expectation("cpu").of(job)
     assert "step_seconds" not in here
     assert here["memory"]["peak"] == sum(bytes_ for name, bytes_ in here["memory"].items() if name != "peak")
-    steps_alone = Rates(products=0.0, **ZERO, steps=0.25, source="a test", measured=True)
-    assert Expectation("cpu", steps_alone).of(job)["step_seconds"] == 0.25
+    assert Expectation("cpu", RATES).of(job)["step_seconds"] == 0.25
+    assert "step_seconds" not in Expectation("cpu", replace(RATES, precision="bf16")).of(job)
+    with pytest.raises(ConfigProblem, match="those of cpu in fp32, not of NVIDIA H200"):
+        Expectation("NVIDIA H200", RATES)
     assert 0 < Expectation("NVIDIA H200").of(job)["step_seconds"] < 0.25

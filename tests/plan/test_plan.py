@@ -25,6 +25,7 @@ def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert said["fits"]
     assert said["parameters"] == 124_475_904  # GPT-2's, its vocabulary padded by 47 rows
     assert said["gpu_hours"] == pytest.approx(said["steps"] * said["step_seconds"] / 3600 * 8)
+    assert said["gpu_hours"] == pytest.approx(said["gpu_hours_per_billion_tokens"] * said["tokens"] / 1e9)
     assert said["kilowatt_hours"] == pytest.approx(said["gpu_hours"] * 0.7)
     assert said["memory"]["peak"] <= said["budget"]
     assert any("no calibration for h100-80g" in line for line in said["unknown"])
@@ -45,7 +46,16 @@ def test_the_hours_of_a_ramp_up_are_those_of_its_steps(capsys: pytest.CaptureFix
 def test_a_plan_for_reading(capsys: pytest.CaptureFixture[str]) -> None:
     show(*GPT2, [*NO_DATA, "compile_blocks=true"], **PLACE | {"gpus": 16})
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("fits into", "tokens/s", "GPU-h", "kWh", "network card", "not known", "compiled blocks"):
+    for words in (
+        "fits into",
+        "tokens/s",
+        "GPU-h",
+        "kWh",
+        "network card",
+        "not known",
+        "compiled blocks",
+        "a billion tokens",
+    ):
         assert words in said
 
 
@@ -57,7 +67,9 @@ def test_what_does_not_fit_says_so_and_a_search_finds_what_does(
     assert show(*job, shape[:2], **PLACE), "in chunks the logits fit"
     capsys.readouterr()
     assert not show(*job, shape, **PLACE)
-    assert "does NOT fit" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "does NOT fit" in said
+    assert re.search(r"advice: ZeRO 3, micro batch \d+ x \d+.* fits: .* the same loss", said)
     found = tmp_path / "found.json"
     assert show(*job, shape, **PLACE, search=True, write=found, as_json=True)
     said = json.loads(capsys.readouterr().out)
@@ -86,7 +98,10 @@ def test_on_a_cpu_the_rates_are_measured(tiny_data: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"gpu": "h100-80"}, "no GPU 'h100-80'.*did you mean 'h100-80g'"),
+        ({"gpu": "h100-80"}, "no GPU 'h100-80'.*did you mean h100-80g"),
+        ({"picture": Path("x.foo")}, "--picture is a PNG"),
+        ({"search": True, "write": Path("/no/where/x.json")}, "can't become a file"),
+        ({"calibrate": Path("/no/where/x.json")}, "can't become a file"),
         ({"gpu": "t4"}, "t4 has no units for bf16"),
         ({"write": Path("x.json")}, "--write is for what a search finds"),
         ({"confirm": 2}, "--confirm is for what a search finds"),

@@ -56,6 +56,14 @@ def test_less_memory_asks_for_more_of_the_means(rates: Rates) -> None:
     assert not found_within(0.5, rates)[0].fits
 
 
+def test_a_ramp_up_s_sizes_can_be_made_by_every_candidate(rates: Rates) -> None:
+    setting = replace(ON_H100, micro_batch=2, accumulation=16)
+    candidates = search_for(setting, rates, 2**40, 8, ramp=(32, 128), compiled=True)
+    assert {each.setting.micro_batch for each in candidates} == {1, 2, 4}
+    assert {each.setting.global_batch for each in candidates} == {256}
+    assert {each.setting.recompute for each in candidates} == {"none", "full"}
+
+
 def test_it_writes_a_valid_json_of_the_same_recipe(tmp_path: Path, rates: Rates) -> None:
     stated = load_deepspeed_json(ROOT / "ds_configs/zero1_bf16.json")
     best = found_within(10, rates)[0]

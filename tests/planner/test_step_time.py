@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from gpt2 import GPT2, ON_H100
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.planner.communication import plan_communication
-from bigtfm.planner.hardware import DEVICES, NAMES, device_of
+from bigtfm.planner.hardware import DEVICES, NAMES, device_of, names_like
+from bigtfm.planner.setting import Setting
 from bigtfm.planner.step_time import EFFICIENCY, Rates, plan_step, table_rates, work_of
 
 COUNT = 124_439_808  # GPT-2's parameters
 HEAD = 768 * 50257
+MEASURED = {"source": "a test", "device": "NVIDIA H100 80GB HBM3", "precision": "bf16", "ranks": 2}
 BLOCKS = 12 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072)
 
 
@@ -36,13 +40,16 @@ def test_every_device_is_found_by_its_names() -> None:
         assert found.name == wanted
     assert device_of("NVIDIA GeForce RTX 4090 Laptop GPU") is None
     assert device_of("h100") is None
+    assert "h100-80g" in names_like("h100")
+    assert names_like("h100-80") == "did you mean h100-80g?"
+    assert names_like("x").startswith("use one of: a10,")
 
 
 def test_a_data_sheet_s_numbers() -> None:
     h100 = device_of("h100-80g")
     assert h100 is not None
     assert (h100.memory, h100.bandwidth, h100.link, h100.network, h100.power) == (
-        80 * 2**30, 3.35e12, 450e9, 50e9, 700,
+        int(79.1 * 2**30), 3.35e12, 450e9, 50e9, 700,
     )  # fmt: skip
 
 
@@ -93,7 +100,7 @@ def test_a_step_is_its_parts() -> None:
     """Rates of one second for a unit of one kind give that kind's work."""
     none = dict.fromkeys(vars(work_of(ON_H100)), 0.0)
     for kind, amount in vars(work_of(ON_H100)).items():
-        rates = Rates(**(none | {"steps": 1.0, kind: 1.0}), source="", measured=True)
+        rates = Rates(**(none | {"steps": 1.0, kind: 1.0}), **MEASURED)
         assert plan_step(ON_H100, rates).seconds == amount + (kind != "steps"), kind
 
 
@@ -129,7 +136,77 @@ def test_an_encoder_s_output_layer_is_asked_about_hidden_tokens() -> None:
     assert work.products == 6 * (8 * 1024 * BLOCKS + rows * (HEAD + 768 * 768))
 
 
-def test_a_file_that_holds_no_rates(tmp_path) -> None:
-    (tmp_path / "rates.json").write_text('{"products": 1}')
+@pytest.fixture
+def rates() -> Rates:
+    return Rates(**dict.fromkeys(vars(work_of(ON_H100)), 1e-9), **MEASURED)
+
+
+def test_rates_are_read_as_written(tmp_path: Path, rates: Rates) -> None:
+    rates.write(tmp_path / "rates.json")
+    assert Rates.read(tmp_path / "rates.json") == rates
+    assert [path.name for path in tmp_path.iterdir()] == ["rates.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"products": "a"}, "products: Input should be a valid number"),
+        ({"products": 0.0}, "products: Input should be greater than 0"),
+        ({"sent": float("nan")}, "sent: Input should be a finite number"),
+        ({"sent": -1.0}, "sent: Input should be greater than or equal to 0"),
+        ({"colour": 1.0}, "colour: Unexpected keyword"),
+        ({"source": None}, "source: Input should be a valid string"),
+    ],
+)
+def test_a_file_that_holds_no_rates(tmp_path: Path, rates: Rates, change: dict, said: str) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(asdict(rates) | change))
+    with pytest.raises(ConfigProblem, match=f"holds no calibration: {said}"):
+        Rates.read(path)
+
+
+@pytest.mark.parametrize("text", ["", '{"products": 1', "[]"])
+def test_a_torn_file_of_rates(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rates.json").write_text(text)
     with pytest.raises(ConfigProblem, match="holds no calibration"):
         Rates.read(tmp_path / "rates.json")
+
+
+def test_rates_speak_for_their_own_hardware_alone(rates: Rates) -> None:
+    rates.suit("h100-80g", "bf16")
+    rates.suit("NVIDIA H100 80GB HBM3")
+    for device, precision in (("cpu", "bf16"), ("h200", "bf16"), ("h100-80g", "fp16")):
+        with pytest.raises(ConfigProblem, match="its rates are those of NVIDIA H100 80GB HBM3 in bf16, not"):
+            rates.suit(device, precision)
+
+
+def test_what_one_machine_does_not_show_is_not_free(rates: Rates) -> None:
+    h100 = device_of("h100-80g")
+    assert h100 is not None
+    table = table_rates(h100, "bf16")
+    assert table is not None
+    unseen = replace(rates, between_nodes=0.0, moved=0.0, swapped=0.0)
+    found = unseen.completed(table)
+    assert (found.between_nodes, found.moved, found.swapped) == (
+        table.between_nodes, table.moved, table.swapped,
+    )  # fmt: skip
+    assert (found.sent, found.products) == (rates.sent, rates.products)
+    assert replace(unseen, ranks=1).completed(table).sent == table.sent
+
+
+def test_a_disk_is_slower_than_the_host_s_memory() -> None:
+    """Masters and moments are read and written, gradients too; weights read twice a micro batch."""
+
+    def offloaded(where: str) -> Setting:
+        zero = {"stage": 3, "offload_optimizer": {"device": where}, "offload_param": {"device": where}}
+        return replace(ON_H100, zero=zero, accumulation=4)
+
+    assert work_of(offloaded("cpu")).swapped == 0
+    share = COUNT / 8
+    assert work_of(offloaded("nvme")).swapped == 8 * (32 * share + 2 * (8 * share + share))
+    h100 = device_of("h100-80g")
+    assert h100 is not None
+    rates = table_rates(h100, "bf16")
+    assert rates is not None
+    host, disk = (plan_step(offloaded(where), rates).split["offload"] for where in ("cpu", "nvme"))
+    assert disk > 2 * host
