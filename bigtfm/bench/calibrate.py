@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -12,9 +12,10 @@ from statistics import median
 from bigtfm.bench.cell import Trial
 from bigtfm.bench.matrix import Cell, Matrix, Measure
 from bigtfm.bench.results import Row
-from bigtfm.bench.runner import run_matrix
+from bigtfm.bench.runner import devices_of, environment_row, run_matrix
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.job import Job, check_job
+from bigtfm.planner.hardware import Device, device_of
 from bigtfm.planner.setting import Setting, setting_of
 from bigtfm.planner.step_time import Rates, Work, work_of
 
@@ -28,19 +29,45 @@ PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 
 
-def calibrate(path: Path, ranks: int, precision: str) -> Path:
-    """Trains the sweep on `ranks` ranks here, and writes what was found; returns its path.
+def calibrate(path: Path, ranks: int, precision: str, tell: Callable[[str], None]) -> None:
+    """Trains the sweep on `ranks` ranks here, and writes what was found.
+
+    tell: is given a line after each training.
 
     Raises:
         ConfigProblem: a training of the sweep has failed.
     """
+    cells = tuple(sweep(ranks, precision))
     with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(
-            Path("calibration"), "calibration", "data/quickstart", MEASURE, tuple(sweep(ranks, precision))
-        )
-        rows = list(run_matrix(matrix, Path(folder)))
+        matrix = Matrix(Path("calibration"), "calibration", "data/quickstart", MEASURE, cells)
+        rows = []
+        for row in run_matrix(matrix, Path(folder)):
+            _require_ok(row)
+            rows.append(row)
+            tell(f"calibration {len(rows)} of {len(cells)}: {median(row['seconds']):.3f} s a step")
         fit_rows(rows, Path(folder)).write(path)
-    return path
+
+
+def require_here(wanted: Device | None, name: str, ranks: int) -> None:
+    """Refuses to measure for another device than this machine's, or for more ranks than it has of them.
+
+    wanted: the device that is planned for; None: a CPU. name: as the user calls it.
+
+    Raises:
+        ConfigProblem: this machine can't say.
+    """
+    here = devices_of(environment_row())
+    if device_of(here[0]) != wanted or (wanted is None and here != ["cpu"]):
+        fix = (
+            f"run it where the job will run, or plan for --gpu {'cpu' if here == ['cpu'] else repr(here[0])}"
+        )
+        raise ConfigProblem(f"this machine has {here[0]}, not {name}", where="command line: --gpu", fix=fix)
+    if wanted is not None and ranks > len(here):
+        raise ConfigProblem(
+            f"this machine has {len(here)} GPUs, and {ranks} are to be measured",
+            where="command line: --gpus",
+            fix=f"measure with --gpus {len(here)} --calibrate FILE first, then plan with --calibration FILE",
+        )
 
 
 def sweep(ranks: int, precision: str) -> Iterator[tuple[str, Cell]]:
@@ -103,12 +130,7 @@ def fit_rows(rows: Sequence[Row], out: Path) -> Rates:
         ConfigProblem: one of them has failed.
     """
     for row in rows:
-        if row["status"] != "ok":
-            raise ConfigProblem(
-                f"{row['key']} ended as {row['status']}: {row['why']}",
-                where="calibration",
-                fix="see `bigtfm doctor`, or plan without a calibration",
-            )
+        _require_ok(row)
     works = [work_of(setting_of_row(row, out)) for row in rows]
     values = dict.fromkeys(asdict(works[0]), 0.0)
     for phases, kinds in PARTS.items():
@@ -119,6 +141,15 @@ def fit_rows(rows: Sequence[Row], out: Path) -> Rates:
     return Rates(
         **values, source=source, device=device, precision=rows[0]["precision"], ranks=rows[0]["ranks"]
     )
+
+
+def _require_ok(row: Row) -> None:
+    if row["status"] != "ok":
+        raise ConfigProblem(
+            f"{row['key']} ended as {row['status']}: {row['why']}",
+            where="calibration",
+            fix="see `bigtfm doctor`, or plan without a calibration",
+        )
 
 
 def fit(

@@ -96,8 +96,7 @@ def run_matrix(
         StorageProblem: `out` can't be written.
     """
     began, here = time.monotonic(), environment_row()
-    gpus = here["hardware"]["gpus"]
-    expectation = Expectation(gpus.split(", ")[0] if gpus else "cpu", rates)
+    expectation = Expectation(devices_of(here)[0], rates)
     cells = [(key, grid, cell) for key, grid, cell in matrix.keys() if only(grid)]
     with claim(out):
         there = {(row["key"], row["repeat"]) for row in read_rows(out / RESULTS)}
@@ -132,6 +131,12 @@ def environment_row() -> Row:
         "versions": {name: found[name] for name in names if name in found},
         "hardware": {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpus": found.get("gpus")},
     }
+
+
+def devices_of(row: Row) -> list[str]:
+    """The GPUs of the machine by their names, one each; without any: cpu."""
+    gpus = row["hardware"]["gpus"]
+    return gpus.split(", ") if gpus else ["cpu"]
 
 
 def _cpu_name() -> str:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,20 @@ def show(
     from rich.console import Console
 
     _options_fit(search, write, confirm, calibration, calibrate, picture)
-    console = Console(stderr=as_json)
-    if calibrate is not None:
+    console = Console(stderr=as_json, markup=False)
+    on_rates = partial(
+        plan, config, deepspeed_json, overrides, gpus=gpus, gpu=gpu, gpus_per_node=gpus_per_node
+    )
+    stated, deepspeed = on_rates(calibration=calibration)
+    if calibrate is not None or confirm:
         from bigtfm.bench.calibrate import calibrate as measure
+        from bigtfm.bench.calibrate import require_here
 
-        calibration = measure(
-            calibrate, min(gpus, gpus_per_node), load_deepspeed_json(deepspeed_json).precision
-        )
-    stated, deepspeed = plan(
-        config, deepspeed_json, overrides, gpus=gpus, gpu=gpu, gpus_per_node=gpus_per_node,
-        calibration=calibration,
-    )  # fmt: skip
+        ranks = min(gpus, gpus_per_node) if calibrate is not None else gpus
+        require_here(stated.target.device, gpu, ranks)
+        if calibrate is not None:
+            measure(calibrate, ranks, deepspeed.precision, console.print)
+            stated, deepspeed = on_rates(calibration=calibrate)
     if picture is not None:
         draw(stated, picture)
     said, fits = stated.to_dict(), stated.fits

@@ -13,7 +13,7 @@ from bigtfm.bench import confirm
 from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.plan.job import plan
-from bigtfm.planner.search import Candidate, deepspeed_values, search_for
+from bigtfm.planner.search import Candidate, deepspeed_values
 
 ROOT = Path(__file__).parents[2]
 CONFIG, DEEPSPEED = ROOT / "configs/gpt_124m.toml", ROOT / "ds_configs/zero1_bf16.json"
@@ -22,8 +22,8 @@ OVERRIDES = ["data.path=none", "model.vocab_size=50257"]
 
 @pytest.fixture(scope="module")
 def candidates() -> list[Candidate]:
-    found, rates, _ = plan(CONFIG, DEEPSPEED, OVERRIDES, gpus=8, gpu="h100-80g")
-    return search_for(found.setting, rates, found.target.budget, 8)
+    found, _ = plan(CONFIG, DEEPSPEED, OVERRIDES, gpus=8, gpu="h100-80g")
+    return found.candidates()
 
 
 def test_a_cell_trains_what_write_would_write(candidates: list[Candidate]) -> None:
