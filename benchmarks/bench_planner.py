@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from bigtfm.bench.calibrate import MEASURE, fit_rows, setting_of_job, setting_of_row, sweep
 from bigtfm.bench.matrix import Cell, Matrix
-from bigtfm.bench.results import RESULTS, read_rows, together
+from bigtfm.bench.results import RESULTS, read_results, together
 from bigtfm.bench.runner import environment_row, run_matrix
 from bigtfm.job import check_job
 from bigtfm.plan.job import FRAGMENTATION, runs_of
@@ -264,14 +264,14 @@ def calibrated(folder: Path, cells: Iterable[tuple[str, Cell]], repeats: int) ->
     for row in run_matrix(matrix, folder / "time"):
         if row["status"] != "ok":
             raise SystemExit(f"{row['key']}: {row['status']}: {row['why']}")
-    rows = fastest(read_rows(folder / "time" / RESULTS))
+    rows = fastest(read_results(folder / "time" / RESULTS))
     return fit_rows([row for row in rows if row["grid"] == "calibration"], folder / "time")
 
 
 def time_rows(folder: Path, repeats: int) -> list[Row]:
     """The calibration's trainings and others in turns; a row for each of the others."""
     rates = calibrated(folder, (*sweep(RANKS, "fp32"), *held_out()), repeats)
-    rows = fastest(read_rows(folder / "time" / RESULTS))
+    rows = fastest(read_results(folder / "time" / RESULTS))
     found = []
     for result in together([row for row in rows if row["grid"] == "held out"]):
         step = plan_step(setting_of_row(result.first, folder / "time"), rates)
@@ -310,7 +310,7 @@ def search_rows(folder: Path, repeats: int) -> list[Row]:
     )
     for _ in run_matrix(matrix, folder / "search"):
         pass
-    rows = [row for row in read_rows(folder / "search" / RESULTS) if row["status"] == "ok"]
+    rows = [row for row in read_results(folder / "search" / RESULTS) if row["status"] == "ok"]
     rates = calibrated(folder, sweep(RANKS, "fp32"), repeats)
     planned = {row["key"]: plan_step(setting_of_row(row, folder / "search"), rates).seconds for row in rows}
     ranked = sorted(rows, key=lambda row: planned[row["key"]])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bigtfm.bench.matrix import Matrix, load_matrix
-from bigtfm.bench.results import RESULTS, Result, read_rows, together
+from bigtfm.bench.results import RESULTS, Result, read_results, together
 from bigtfm.bench.runner import Start, missing, run_matrix, start_rank
 
 MATRIX = Path(__file__).parent / "matrices" / "h200.toml"
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_rank) -> i
             f"# {row['key']}: {row['status']} {row['why'] if row['status'] != 'ok' else ''}".rstrip(),
             flush=True,
         )
-    results = together(read_rows(options.out / RESULTS))
+    results = together(read_results(options.out / RESULTS))
     for grid, goal in GOALS.items():
         if wanted(grid):
             found = line(grid, goal, [result for result in results if result.grid == grid])

@@ -11,8 +11,8 @@ from rich.table import Table as Shown
 
 from bigtfm import mlflow_mirror
 from bigtfm.bench.matrix import load_matrix
-from bigtfm.bench.report import Report, Table, make_report
-from bigtfm.bench.results import RESULTS, Row, read_rows, rewrite
+from bigtfm.bench.report import Report, Table, make_report, results_of
+from bigtfm.bench.results import RESULTS, Row, read_results, rewrite
 from bigtfm.bench.runner import run_matrix
 from bigtfm.bench.runs import RUNS, rows_of_runs
 from bigtfm.planner.step_time import Rates
@@ -40,13 +40,16 @@ def bench(
         ConfigProblem: a matrix is wrong, or there is nothing to report.
         StorageProblem: `out` can't be written or read.
     """
-    terminal = Console(stderr=as_json, soft_wrap=True)
+    terminal = Console(stderr=as_json, soft_wrap=True, markup=False)
+    for folder, read in ((against, results_of), (runs, rows_of_runs)):  # before hours are spent
+        if folder is not None:
+            list(read(folder))
     rates = Rates.read(calibration) if calibration is not None else None
     for matrix in [load_matrix(path) for path in matrices]:
         for row in run_matrix(matrix, out, rates=rates):
             print(json.dumps(row), flush=True) if as_json else terminal.print(line_of(row), highlight=False)
     if runs is not None:
-        measured = [row for row in read_rows(out / RESULTS) if row["grid"] != RUNS]
+        measured = [row for row in read_results(out / RESULTS) if row["grid"] != RUNS]
         rewrite(out / RESULTS, [*measured, *rows_of_runs(runs)])
     report = make_report(out, against)
     if not as_json:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bigtfm.bench.clock import SPLIT
-from bigtfm.bench.results import Result
+from bigtfm.bench.results import Result, write_whole
 from bigtfm.bench.views import fronts, scalings
 from bigtfm.planner.memory import CATEGORIES
 
 _BAR, _FAILED, _GRID = "#2f6db0", "#b03a2e", "#dddddd"
 _COLOURS = ("#2f6db0", "#e08e2b", "#4a9a5b", "#b5485d", "#7a5fa8", "#8c6b4f", "#9a9a9a")
 _GIB = 2**30
+MOST_BARS = 150  # of a picture; the tables hold all
 
 
 def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -39,6 +40,7 @@ def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
 
 def throughput(results: Sequence[Result]) -> Any:
     """Tokens a second of every cell with its quartiles; what failed by its status."""
+    results = results[:MOST_BARS]
     figure, axes = _bars(results, "tokens a second (median, quartiles)")
     most = max((result.rates.high for result in results if result.ok), default=1.0)
     for place, result in enumerate(results):
@@ -53,7 +55,7 @@ def throughput(results: Sequence[Result]) -> Any:
 
 def split(results: Sequence[Result]) -> Any:
     """Where the time of a step goes."""
-    shown = [result for result in results if result.ok and result.first.get("split")]
+    shown = [result for result in results if result.ok and result.first.get("split")][:MOST_BARS]
     if not shown:
         return None
     figure, axes = _bars(shown, "seconds of a step")
@@ -64,7 +66,7 @@ def split(results: Sequence[Result]) -> Any:
 
 def memory(results: Sequence[Result]) -> Any:
     """What the memory of the fullest rank is for, at its peak; a mark where the planner expected the peak."""
-    shown = [result for result in results if result.ok and result.peak_bytes]
+    shown = [result for result in results if result.ok and result.peak_bytes][:MOST_BARS]
     if not shown:
         return None
     figure, axes = _bars(shown, "GiB a rank at the peak")
@@ -135,6 +137,7 @@ def _places(results: Sequence[Result]) -> tuple[list[float], list[float]]:
 def _bars(results: Sequence[Result], title: str) -> tuple[Any, Any]:
     """A figure with a line for every result, the first on top."""
     figure, (axes,) = _figure(9, 1.2 + 0.3 * len(results), 1)
+    title += f": the first {MOST_BARS} cells" if len(results) == MOST_BARS else ""
     many = len({result.grid for result in results}) > 1
     names = [f"{result.grid}: {result.label}" if many else result.label for result in results]
     axes.set_yticks(range(len(results)), names, fontsize=8)
@@ -157,7 +160,9 @@ def _save(figure: Any, path: Path) -> None:
 
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110)
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+    small = io.BytesIO()
+    Image.open(drawn).convert("RGB").quantize(64).save(small, "png", optimize=True)
+    write_whole(path, small.getvalue())
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from bigtfm.bench.against import Change, changes
 from bigtfm.bench.clock import SPLIT
 from bigtfm.bench.plots import draw_all
-from bigtfm.bench.results import AXES, RESULTS, Result, Spread, read_rows, together
+from bigtfm.bench.results import AXES, RESULTS, Result, Spread, read_results, together, write_whole
 from bigtfm.bench.views import scalings
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.planner.memory import CATEGORIES
@@ -52,6 +52,7 @@ class Report:
     about: tuple[tuple[str, str], ...]  # what it ran on
     results: tuple[Result, ...]
     changes: tuple[Change, ...]
+    elsewhere: str = ""  # in what else the earlier benchmark differs: hardware, versions
 
     @property
     def tables(self) -> list[Table]:
@@ -59,7 +60,7 @@ class Report:
         tables = [_grid(grid, [each for each in self.results if each.grid == grid]) for grid in grids]
         done = [result for result in self.results if result.ok]
         extra = [_split(done), _memory(done), _scaling(done), _predictions(done), _failed(self.results)]
-        extra.append(_against(self.changes))
+        extra.append(_against(self.changes, self.elsewhere))
         return tables + [table for table in extra if table.rows]
 
 
@@ -70,20 +71,36 @@ def make_report(out: Path, against: Path | None = None) -> Report:
         ConfigProblem: there are no results.
         StorageProblem: they can't be read.
     """
-    results = _results(out)
-    name = str(results[0].first.get("matrix") or out.resolve().name)
-    compared = changes(_results(against), results) if against is not None else []
-    report = Report(name, tuple(_about(results).items()), tuple(results), tuple(compared))
+    results = results_of(out)
+    name, about = str(results[0].first.get("matrix") or out.resolve().name), _about(results)
+    before = results_of(against) if against is not None else []
+    compared = changes(before, results) if before else []
+    elsewhere = _differences(_about(before), about) if before else ""
+    report = Report(name, tuple(about.items()), tuple(results), tuple(compared), elsewhere)
     pictures = draw_all(results, out)
-    (out / "report.md").write_text(to_markdown(report, pictures), encoding="utf-8")
-    (out / "results.csv").write_text(to_csv(results), encoding="utf-8")
-    (out / "report.html").write_text(to_html(report, pictures), encoding="utf-8")
+    write_whole(out / "report.md", to_markdown(report, pictures).encode())
+    write_whole(out / "results.csv", to_csv(results).encode())
+    write_whole(out / "report.html", to_html(report, pictures).encode())
     return report
 
 
-def _results(folder: Path) -> list[Result]:
+def _differences(before: dict[str, str], now: dict[str, str]) -> str:
+    """What a comparison also compares, if it is on another machine or with other versions."""
+    names = [name for name in {**before, **now} if name != "commit" and before.get(name) != now.get(name)]
+    return "; ".join(
+        f"{name}: {before.get(name, 'none')} before, {now.get(name, 'none')} now" for name in names
+    )
+
+
+def results_of(folder: Path) -> list[Result]:
+    """The cells of a benchmark's folder.
+
+    Raises:
+        ConfigProblem: there are none.
+        StorageProblem: they can't be read.
+    """
     path = folder / RESULTS if folder.is_dir() else folder
-    results = together(read_rows(path))
+    results = together(read_results(path))
     if not results:
         raise ConfigProblem(
             "no results of a benchmark", where=str(path), fix="name a folder that `bigtfm bench` has written"
@@ -154,6 +171,8 @@ def _memory(results: Sequence[Result]) -> Table:
 
 def _sentence(results: Sequence[Result]) -> str:
     """What the cells have in common."""
+    if not any(result.ok for result in results):
+        return "none was measured: see Failed"
     first = results[0].first
     axes = ("model", "zero_stage", "precision", "ranks", "seq_len", "parameters")
     same = {axis for axis in axes if len({result.axis(axis) for result in results}) == 1 and first.get(axis)}
@@ -219,7 +238,7 @@ def _failed(results: Sequence[Result]) -> Table:
     return Table("Failed", ("cell", "how", "why"), tuple(rows))
 
 
-def _against(compared: Sequence[Change]) -> Table:
+def _against(compared: Sequence[Change], elsewhere: str) -> Table:
     rows = [
         (
             f"{change.grid}: {change.label}",
@@ -231,17 +250,18 @@ def _against(compared: Sequence[Change]) -> Table:
         for change in sorted(compared, key=lambda change: not change.is_regression)
     ]
     note = "Now over before; a speed that differs by more than the noise of both is a change."
+    note += f" The earlier one was made elsewhere: {elsewhere}." if elsewhere else ""
     columns = ("cell", "verdict", "tokens/s, now / before", "noise", "peak memory, now / before")
     return Table("Against the earlier benchmark", columns, tuple(rows), note)
 
 
 def to_markdown(report: Report, pictures: Sequence[Path]) -> str:
     """The report to read in a terminal or on a forge."""
-    about = "; ".join(f"{name}: {value}" for name, value in report.about)
-    parts = [f"# {report.name}", about, _DEFINITIONS]
+    about = _plain("; ".join(f"{name}: {value}" for name, value in report.about))
+    parts = [f"# {_plain(report.name)}", about, _DEFINITIONS]
     for table in report.tables:
-        parts.append(f"## {table.title}")
-        parts += [table.note] if table.note else []
+        parts.append(f"## {_plain(table.title)}")
+        parts += [_plain(table.note)] if table.note else []
         if table.rows:
             head = [table.columns, ("---",) * len(table.columns)]
             parts.append("\n".join(f"| {' | '.join(map(_cell, row))} |" for row in (*head, *table.rows)))
@@ -250,7 +270,12 @@ def to_markdown(report: Report, pictures: Sequence[Path]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _plain(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _plain(text: str) -> str:
+    """No HTML, of which a forge would make tags."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def to_csv(results: Sequence[Result]) -> str:

@@ -17,6 +17,7 @@ from bigtfm.config.problems import StorageProblem
 
 Row = dict[str, Any]
 RESULTS = "results.jsonl"
+_MEASURED = ("ranks", "micro_batch", "accumulation", "tokens_per_step", "seconds")
 AXES = (
     *(
         "model",
@@ -120,8 +121,19 @@ class Result:
         return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_results(path: Path) -> list[Row]:
+    """The rows of a benchmark.
+
+    Raises:
+        StorageProblem: as read_rows; or a row lacks what every one has.
+    """
+    return read_rows(path, ("key", "repeat", "grid", "status", "model"), _MEASURED)
+
+
+def read_rows(path: Path, needed: tuple[str, ...] = (), if_ok: tuple[str, ...] = ()) -> list[Row]:
     """The rows of results.jsonl, without a last one that a kill has torn; none where there is no file.
+
+    needed: keys of every row. if_ok: more of those whose status is ok.
 
     Raises:
         StorageProblem: it can't be read, or a row before the last is damaged.
@@ -134,11 +146,21 @@ def read_rows(path: Path) -> list[Row]:
         raise StorageProblem(
             f"can't be read: {error}", where=str(path), fix="pass a benchmark's folder"
         ) from None
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError:
-        fix = "remove the damaged line: its cell is run again"
-        raise StorageProblem("a line is damaged", where=str(path), fix=fix) from None
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not _is_whole(row, needed, if_ok):
+            fix = "remove the damaged line: what it was of is run again"
+            raise StorageProblem(f"line {number} is damaged", where=str(path), fix=fix)
+        rows.append(row)
+    return rows
+
+
+def _is_whole(row: Row, needed: tuple[str, ...], if_ok: tuple[str, ...]) -> bool:
+    return row.keys() >= set(needed) and (row.get("status") != "ok" or row.keys() >= set(if_ok))
 
 
 def append(path: Path, row: Row) -> None:
@@ -161,11 +183,23 @@ def rewrite(path: Path, rows: Iterable[Row]) -> None:
     Raises:
         StorageProblem: they can't be written.
     """
-    new = path.with_suffix(".tmp")
+    write_whole(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that is all there, or as it was before.
+
+    Raises:
+        StorageProblem: it can't be written.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
     with _writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        os.replace(new, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_bytes(content)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -185,16 +219,21 @@ def together(rows: Iterable[Row]) -> list[Result]:
     grids: dict[str, list[Row]] = {}
     for first, *_ in cells.values():
         grids.setdefault(first["grid"], []).append(first)
-    return [Result(tuple(runs), label_of(runs[0], grids[runs[0]["grid"]])) for runs in cells.values()]
+    differing = {grid: _differing(rows) for grid, rows in grids.items()}
+    return [Result(tuple(runs), _label(runs[0], differing[runs[0]["grid"]])) for runs in cells.values()]
 
 
-def label_of(row: Row, others: list[Row]) -> str:
-    """The axes of a cell in which the cells of its grid differ; the model, where there is nothing else."""
+def _differing(rows: list[Row]) -> list[str]:
+    """The axes in which the cells of a grid differ."""
+    return [
+        axis for axis in AXES
+        if len({json.dumps(row[axis], sort_keys=True) for row in rows if axis in row}) > 1
+    ]  # fmt: skip
 
-    def differs(axis: str) -> bool:
-        return len({json.dumps(other[axis], sort_keys=True) for other in others if axis in other}) > 1
 
-    said = [_said(axis, row[axis]) for axis in AXES if axis in row and differs(axis)]
+def _label(row: Row, differing: list[str]) -> str:
+    """What tells a cell from the others of its grid; the model, where there is nothing else."""
+    said = [_said(axis, row[axis]) for axis in differing if axis in row]
     return ", ".join(said) or str(row["model"])
 
 

@@ -24,7 +24,7 @@ from typing import Protocol
 from bigtfm.bench.cell import MEASURED, SPLIT_STEPS, Trial
 from bigtfm.bench.expectation import Expectation
 from bigtfm.bench.matrix import Cell, Matrix
-from bigtfm.bench.results import RESULTS, Row, Spread, append, read_rows
+from bigtfm.bench.results import RESULTS, Row, Spread, append, read_results
 from bigtfm.config.problems import ConfigProblem, Problem
 from bigtfm.environment import environment
 from bigtfm.job import Job, check_job
@@ -99,7 +99,7 @@ def run_matrix(
     expectation = Expectation(devices_of(here)[0], rates)
     cells = [(key, grid, cell) for key, grid, cell in matrix.keys() if only(grid)]
     with claim(out):
-        there = {(row["key"], row["repeat"]) for row in read_rows(out / RESULTS)}
+        there = {(row["key"], row["repeat"]) for row in read_results(out / RESULTS)}
         data = _prepared(matrix.data, out)
         for repeat in range(matrix.measure.repeats):
             for key, grid, cell in cells:
@@ -116,7 +116,7 @@ def run_matrix(
 
 def missing(matrix: Matrix, out: Path, only: Callable[[str], bool] = lambda _: True) -> int:
     """How many trials of the matrix have no row yet."""
-    there = {(row["key"], row["repeat"]) for row in read_rows(out / RESULTS)}
+    there = {(row["key"], row["repeat"]) for row in read_results(out / RESULTS)}
     wanted = [(key, n) for key, grid, _ in matrix.keys() if only(grid) for n in range(matrix.measure.repeats)]
     return len([each for each in wanted if each not in there])
 

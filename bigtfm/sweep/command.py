@@ -39,7 +39,7 @@ def sweep(file: Path, out: Path, *, jobs: int = 1, as_json: bool = False, start:
         Problem: no trial has a result.
         RequeueRequested: a signal asked to stop; the same command goes on.
     """
-    study, terminal = _study(file, out), Console(stderr=as_json, soft_wrap=True)
+    study, terminal = _study(file, out), Console(stderr=as_json, soft_wrap=True, markup=False)
     for row in run_sweep(study, jobs, start):
         if as_json:
             print(json.dumps(row), flush=True)
@@ -82,7 +82,7 @@ def next_trials(file: Path, out: Path) -> str:
             )
         write_json(out / "due.json", {"due": again})
     if not ready:
-        _report(study, Console(stderr=True, soft_wrap=True), as_json=False)
+        _report(study, Console(stderr=True, soft_wrap=True, markup=False), as_json=False)
     return ",".join(str(trial) for trial, _ in ready)
 
 

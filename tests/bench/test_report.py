@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigtfm.bench.against import changes
+from bigtfm.bench.command import bench
+from bigtfm.bench.plots import MOST_BARS
 from bigtfm.bench.report import make_report
 from bigtfm.bench.results import RESULTS, Row, together
 from bigtfm.bench.views import fronts, scalings
 from bigtfm.config.problems import ConfigProblem, StorageProblem
 
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 SPREAD = (0.99, 0.995, 1.0, 1.005, 1.01)
 
 
@@ -167,16 +172,71 @@ def test_the_report_is_whole_and_needs_no_other_file(tmp_path: Path) -> None:
     assert table[3]["status"] == "oom"
 
 
-def test_text_from_outside_is_no_markup(tmp_path: Path) -> None:
-    out = write(tmp_path / "out", row("a"), failed("b", why="<script>alert(1)</script> a | b"))
-    make_report(out)
-    assert "<script>alert" not in (out / "report.html").read_text()
+def test_text_from_outside_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "<script>alert(1)</script> a | b [/x] [rank0]: died"
+    out = write(tmp_path / "out", row("a"), failed("b", why=why, grid="<script>alert(2)"))
+    bench([], out)
+    for name in ("report.html", "report.md"):
+        assert "<script>alert" not in (out / name).read_text()
     assert "a \\| b" in (out / "report.md").read_text()
+    assert "[/x] [rank0]: died" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_grid_of_which_nothing_was_measured_says_so(tmp_path: Path) -> None:
+    make_report(write(tmp_path, failed("a"), failed("b")))
+    assert "none was measured: see Failed" in (tmp_path / "report.md").read_text()
+
+
+def test_a_comparison_over_other_hardware_says_so(tmp_path: Path) -> None:
+    old, new = ({"hardware": {"cpu": cpu, "cores": 2}} for cpu in ("Old", "New"))
+    out = write(tmp_path / "out", row("a", **new))
+    make_report(out, write(tmp_path / "old", row("a", **old)))
+    assert "made elsewhere: processor: Old before, New now" in (out / "report.md").read_text()
+    make_report(out, out)
+    assert "made elsewhere" not in (out / "report.md").read_text()
+
+
+def test_what_to_compare_with_is_looked_for_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigtfm.bench.command.run_matrix", lambda *_, **__: pytest.fail("it measures"))
+    for options in ({"against": tmp_path}, {"runs": tmp_path / "nowhere"}):
+        with pytest.raises(ConfigProblem, match=r"no results of a benchmark|no such folder"):
+            bench([ROOT / "benchmarks/matrices/quick.toml"], tmp_path / "out", **options)
+
+
+def test_many_cells_have_pictures_of_some(tmp_path: Path) -> None:
+    rows = [row(f"k{n}", micro_batch=n) for n in range(1, MOST_BARS + 3)]
+    make_report(write(tmp_path, *rows))
+    (height,) = struct.unpack(">I", (tmp_path / "throughput.png").read_bytes()[20:24])
+    assert height < 110 * (2 + 0.3 * MOST_BARS)
+    assert (tmp_path / "report.md").read_text().count("\n| micro batch") == len(rows)
+
+
+def test_a_full_disk_leaves_the_report_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_report(write(tmp_path, row("a")))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write(tmp_path, row("a"), row("b", micro_batch=8))
+
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageProblem, match="No space left"):
+        make_report(tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() <= before.keys(), "no half of a file"
+    assert all(before[name] == content for name, content in after.items() if name != RESULTS)
 
 
 def test_no_results_and_damaged_ones_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigProblem, match="no results of a benchmark"):
         make_report(tmp_path)
-    (tmp_path / RESULTS).write_text('{"key": \n{}\n')
-    with pytest.raises(StorageProblem, match="a line is damaged"):
-        make_report(tmp_path)
+    whole = json.dumps(row("a"))
+    torn = ('{"key": ', "{}", "3", json.dumps({**row("a"), "seconds": None}).replace('"seconds"', '"s"'))
+    for line in torn:
+        (tmp_path / RESULTS).write_text(f"{whole}\n{line}\n{whole}\n")
+        with pytest.raises(StorageProblem, match="line 2 is damaged"):
+            make_report(tmp_path)

@@ -121,7 +121,8 @@ def test_a_torn_row_is_run_again(matrix: Callable[..., Matrix], tmp_path: Path) 
     cells, out = matrix("micro_batch = [1, 2]"), tmp_path / "out"
     keys = [key for key, _, _ in cells.keys()]
     out.mkdir()
-    (out / RESULTS).write_text("".join(json.dumps({"key": key, "repeat": 0}) + "\n" for key in keys)[:-9])
+    rows = [{"key": key, "repeat": 0, "grid": "g", "status": "oom", "model": "tiny"} for key in keys]
+    (out / RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows)[:-9])
     assert [row["key"] for row in read_rows(out / RESULTS)] == keys[:1]
     assert missing(cells, out) == 1
 
