@@ -15,9 +15,9 @@ from bigtfm.engine import checkpoint, storage
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
 from bigtfm.job import Job
-from bigtfm.planner.memory import plan_memory
+from bigtfm.planner.memory import plan_memory, size_text
 from bigtfm.planner.parameters import checkpoint_bytes
-from bigtfm.planner.setting import setting_of
+from bigtfm.planner.setting import Setting, setting_of
 from bigtfm.resilience import events, out_of_memory
 from bigtfm.resilience.lifeline import Lifeline, Restart
 from bigtfm.run_directory import brief, first_change, identity
@@ -114,14 +114,19 @@ def told_when_out_of_memory(job: Job, ranks: Ranks, progress: Progress, lifeline
         if isinstance(error, Problem) or not out_of_memory.is_out_of_memory(error):
             raise
         run, resolved = job.run, job.resolved
+        setting = _setting(job, ranks.device_name)
+        plan = plan_memory(setting)
+        lasting = plan.states > plan.peak / 2
         told = out_of_memory.problem(
             error,
             where=f"rank {ranks.rank}, step {progress.step + 1}",
             micro_batch=resolved.micro_batch,
             accumulation=resolved.accumulation,
             seq_len=resolved.seq_len,
-            planned=_planned(job, ranks.device_name),
+            planned=plan.line,
             halve=run.guard.halve_micro_batch,
+            others=_other_means(setting, None if lasting else setting.recompute),
+            lasting=lasting,
         )
         smaller = out_of_memory.smaller(resolved.micro_batch)
         if run.guard.halve_micro_batch and smaller is not None:
@@ -133,9 +138,38 @@ def told_when_out_of_memory(job: Job, ranks: Ranks, progress: Progress, lifeline
         raise told from None
 
 
-def _planned(job: Job, device: str) -> str:
-    """The planner's numbers for a step of this job on this device."""
-    setting = setting_of(
+@contextmanager
+def told_when_too_large(job: Job, ranks: Ranks) -> Iterator[None]:
+    """Says what takes less memory when the model and its optimizer run out of it in the block.
+
+    Raises:
+        ConfigProblem: they did.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Problem) or not out_of_memory.is_out_of_memory(error):
+            raise
+        setting = _setting(job, ranks.device_name)
+        raise out_of_memory.while_building(
+            error,
+            where=f"rank {ranks.rank}",
+            planned=f"{size_text(plan_memory(setting).states)} of weights, gradients and optimizer",
+            others=_other_means(setting, None),
+        ) from None
+
+
+def _other_means(setting: Setting, recompute: str | int | None) -> list[str]:
+    offloads = setting.offload("optimizer") != "none"
+    return out_of_memory.other_means(
+        stage=setting.stage, world_size=setting.world_size, recompute=recompute, offloads=offloads,
+        on_cpu=setting.on_cpu,
+    )  # fmt: skip
+
+
+def _setting(job: Job, device: str) -> Setting:
+    """This job on this device, as the planner takes it."""
+    return setting_of(
         job.run,
         job.deepspeed,
         vocab_size=job.resolved.vocab_size,
@@ -143,4 +177,3 @@ def _planned(job: Job, device: str) -> str:
         device=device,
         attention=job.attention.name,
     )
-    return plan_memory(setting).line

@@ -33,6 +33,7 @@ from bigtfm.preflight import (
     require_room,
     require_same_on_all,
     told_when_out_of_memory,
+    told_when_too_large,
     verification_of,
 )
 from bigtfm.recorder import Recorder
@@ -68,7 +69,8 @@ def train(job: Job, launch: Launch, ranks: Ranks | None = None, lifeline: Lifeli
     require_same_on_all(job, ranks)
     pulse = ranks.pulse
     pulse.enter("build")
-    engine = build_engine(partial(fresh_model, job), job.deepspeed_values, job.compute, run.tune)
+    with told_when_too_large(job, ranks):
+        engine = build_engine(partial(fresh_model, job), job.deepspeed_values, job.compute, run.tune)
     learn_from_teacher(job, engine.module, ranks)
     loader = batches_of(job, "train")
     validation = batches_of(job, "validation") if dataset.header.splits["validation"].tokens else None

@@ -45,7 +45,7 @@ def _rank(trial: str, environ: dict[str, str], log: str) -> None:
     os.dup2(output, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
-    sys.argv = ["cell", trial]
+    sys.argv = ["cell", trial, str(os.getppid())]
     from bigtfm.bench.cell import main
 
     deepspeed = json.loads(Path(json.loads(Path(trial).read_text())["deepspeed_json"]).read_text())

@@ -1,4 +1,4 @@
-"""What each rank of a cell runs, `python -m bigtfm.bench.cell TRIAL.json`: a real training of some steps.
+"""What each rank of a cell runs, `python -m bigtfm.bench.cell TRIAL.json RUNNER`: a training of some steps.
 
 Beside it stands a supervisor, as beside any training: memory that runs out, a crash and a hang end in RUN/
 failure.json, which the runner reads. What was measured, rank 0 writes to RUN/measured.json.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from bigtfm.config.launch import Launch
 from bigtfm.config.sections import GuardSection
-from bigtfm.resilience.lifeline import Enough, Lifeline
+from bigtfm.resilience.lifeline import Enough, Lifeline, die_with
 from bigtfm.resilience.supervisor import supervise
 
 if TYPE_CHECKING:
@@ -52,7 +52,11 @@ class Trial:
 
 
 def main() -> None:
-    """A rank of the trial in the file that the command line names."""
+    """A rank of the trial in the file that the command line names, until the process named there ends.
+
+    Left behind, it would train beside the next cell, and in its folder.
+    """
+    die_with(int(sys.argv[2]))
     trial = Trial.read(Path(sys.argv[1]))
     launch = Launch.from_environment(os.environ)
     guard = GuardSection(hang_seconds=trial.hang_seconds)

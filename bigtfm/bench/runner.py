@@ -66,7 +66,7 @@ def start_rank(trial: Path, rank: Mapping[str, str], log: Path) -> Process:
     with log.open("wb") as output:
         return _Rank(
             subprocess.Popen(
-                [sys.executable, "-m", "bigtfm.bench.cell", str(trial)],
+                [sys.executable, "-m", "bigtfm.bench.cell", str(trial), str(os.getpid())],
                 env=os.environ | dict(rank),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

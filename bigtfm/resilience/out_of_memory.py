@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from bigtfm.config.problems import ConfigProblem, Problem, RequeueRequested
@@ -26,28 +27,50 @@ def smaller(micro_batch: int) -> int | None:
 
 def problem(
     error: BaseException, *, where: str, micro_batch: int, accumulation: int, seq_len: int,
-    planned: str, halve: bool,
+    planned: str, halve: bool, others: Sequence[str], lasting: bool,
 ) -> Problem:  # fmt: skip
     """What the user is told.
 
     planned: what a step was expected to take, and of what. halve: the next start takes a smaller batch.
+    others: what else takes less memory and is not used yet. lasting: most of it is weights, gradients and
+    optimizer, which no batch makes smaller.
     """
     said = str(error).strip()[:200] or "MemoryError"
     what = f"out of memory with micro batch {micro_batch} of {seq_len} tokens (planned: {planned}): {said}"
     size = smaller(micro_batch)
     if size is None:
-        more = "compute.recompute=full, a smaller data.seq_len, a higher ZeRO stage or offload"
-        return ConfigProblem(what, where=where, fix=f"a micro batch can't be smaller: use {more}")
+        ways = _or([*others, "as another recipe a smaller data.seq_len"])
+        return ConfigProblem(what, where=where, fix=f"a micro batch can't be smaller: use {ways}")
     batch = f"micro batch {size} and accumulation {accumulation * micro_batch // size}"
     if halve:
         fix = f"start the same command again: it goes on with {batch}"
         return RequeueRequested(what, where=where, fix=fix)
-    return ConfigProblem(
-        what,
-        where=where,
-        fix=f"use {batch} in the DeepSpeed JSON, which give the same loss (guard.halve_micro_batch=true does "
-        "so by itself), or compute.recompute=full",
+    batch += (
+        " in the DeepSpeed JSON, which give the same loss (guard.halve_micro_batch=true does so by itself)"
     )
+    ways = [*others, batch] if lasting else [batch, *others]
+    return ConfigProblem(what, where=where, fix=f"use {_or(ways)}")
+
+
+def while_building(error: BaseException, *, where: str, planned: str, others: Sequence[str]) -> Problem:
+    """What the user is told where the model and its optimizer alone are too much; a batch can't help."""
+    said = str(error).strip()[:200] or "MemoryError"
+    what = f"out of memory while the model and its optimizer are built (planned: {planned}): {said}"
+    return ConfigProblem(what, where=where, fix=f"use {_or(others)}")
+
+
+def other_means(
+    *, stage: int, world_size: int, recompute: str | int | None, offloads: bool, on_cpu: bool
+) -> list[str]:
+    """What takes less memory at the same loss and is not used yet; recompute: None: activations are few."""
+    means = [] if recompute in ("full", None) else ["compute.recompute=full"]
+    means += [] if stage == 3 or world_size == 1 else ["ZeRO 3"]
+    means += [] if offloads or on_cpu else ["offload to the host"]
+    return [*means, "more ranks" if stage else "more ranks at ZeRO 3"]
+
+
+def _or(ways: Sequence[str]) -> str:
+    return ", or ".join(ways)
 
 
 def remember(run_dir: Path, stated: int, micro_batch: int) -> None:

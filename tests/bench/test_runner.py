@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +22,7 @@ from bigtfm.bench.report import make_report
 from bigtfm.bench.results import RESULTS, read_rows
 from bigtfm.bench.runner import missing, run_matrix
 from bigtfm.planner.memory import CATEGORIES
+from bigtfm.resilience.processes import process
 
 SHAPE = '"model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2", "model.max_seq_len=32"'
 
@@ -125,6 +130,30 @@ def test_a_torn_row_is_run_again(matrix: Callable[..., Matrix], tmp_path: Path) 
     (out / RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows)[:-9])
     assert [row["key"] for row in read_rows(out / RESULTS)] == keys[:1]
     assert missing(cells, out) == 1
+
+
+@pytest.mark.launcher
+def test_no_rank_outlives_its_benchmark(tmp_path: Path) -> None:
+    """Killed with -9, which leaves it no time to end its ranks."""
+    os.mkfifo(tmp_path / "trial.json")  # a rank waits for what it is to do
+    script = (
+        "import sys, time; from pathlib import Path; from bigtfm.bench.runner import start_rank; "
+        "folder = Path(sys.argv[1]); rank = start_rank(folder / 'trial.json', {}, folder / 'log'); "
+        "print(rank.process.pid, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as runner:
+        assert runner.stdout is not None
+        rank = process(int(runner.stdout.readline()))
+        assert rank is not None
+        with (tmp_path / "trial.json").open("wb"):  # it reads: all before is done
+            assert rank.lives
+            runner.kill()
+            until = time.monotonic() + 10
+            while rank.lives and time.monotonic() < until:
+                time.sleep(0.02)
+            assert not rank.lives
 
 
 @pytest.mark.launcher

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_smaller_micro_batch_is_asked_for_or_taken(
         r"bigtfm: error: rank 0, step 1: out of memory with micro batch 256 of 32 tokens \(planned: [\d.]+ "
         r"MiB in the loss: [\d.]+ MiB activations, 17.1 MiB logits\): .*can't allocate memory.*\. Fix: use "
         r"micro batch 128 and accumulation 4 in the DeepSpeed JSON, which give the same loss "
-        r"\(guard.halve_micro_batch=true does so by itself\), or compute.recompute=full",
+        r"\(guard.halve_micro_batch=true does so by itself\), or compute.recompute=full, or more ranks",
         line,
     ), line
 
@@ -95,10 +96,11 @@ def test_what_counts(error: Exception, is_one: bool) -> None:
     assert out_of_memory.is_out_of_memory(error) == is_one
 
 
-def told(micro_batch: int, *, halve: bool) -> tuple[int, str]:
+def told(micro_batch: int, *, halve: bool, lasting: bool = False) -> tuple[int, str]:
     problem = out_of_memory.problem(
         MemoryError(), where="rank 3, step 7", micro_batch=micro_batch, accumulation=5, seq_len=2048,
-        planned="70.0 GiB in the loss: 40.0 GiB activations", halve=halve,
+        planned="70.0 GiB in the loss: 40.0 GiB activations", halve=halve, others=["ZeRO 3", "more ranks"],
+        lasting=lasting,
     )  # fmt: skip
     return problem.exit_code, problem.line
 
@@ -114,9 +116,26 @@ def test_the_lines() -> None:
         assert told(1, halve=halve) == (
             64,
             begin.format(1)
-            + "a micro batch can't be smaller: use compute.recompute=full, a smaller data.seq_len, a "
-            "higher ZeRO stage or offload",
+            + "a micro batch can't be smaller: use ZeRO 3, or more ranks, or as another recipe a smaller "
+            "data.seq_len",
         )
+    batch = "micro batch 3 and accumulation 10 in the DeepSpeed JSON"
+    assert f"Fix: use {batch}, " in told(6, halve=False)[1]
+    assert f"Fix: use ZeRO 3, or more ranks, or {batch}, " in told(6, halve=False, lasting=True)[1]
+    built = out_of_memory.while_building(MemoryError(), where="rank 3", planned="9 GiB", others=["ZeRO 3"])
+    assert built.line == (
+        "error: rank 3: out of memory while the model and its optimizer are built (planned: 9 GiB): "
+        "MemoryError. Fix: use ZeRO 3"
+    )
+
+
+def test_what_is_used_already_is_not_advised() -> None:
+    means = partial(out_of_memory.other_means, on_cpu=False, offloads=False, world_size=8)
+    assert means(stage=2, recompute="none") == [
+        "compute.recompute=full", "ZeRO 3", "offload to the host", "more ranks",
+    ]  # fmt: skip
+    assert means(stage=3, recompute="full", offloads=True) == ["more ranks"]
+    assert means(stage=0, recompute=None, on_cpu=True, world_size=1) == ["more ranks at ZeRO 3"]
 
 
 @pytest.mark.parametrize(("size", "next_one"), [(8, 4), (6, 3), (9, 3), (7, 1), (1, None)])
