@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from bigtfm.bench.matrix import Matrix, load_matrix
 from bigtfm.bench.results import RESULTS, Result, read_results, together
-from bigtfm.bench.runner import Start, missing, run_matrix, start_rank
+from bigtfm.bench.runner import Start, devices_of, environment_row, missing, run_matrix, start_rank
+from bigtfm.cli import one_line
+from bigtfm.config.problems import ConfigProblem
 
 MATRIX = Path(__file__).parent / "matrices" / "h200.toml"
 AGAIN = 75  # exit code: repeat the command
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_rank) -> i
     def wanted(grid: str) -> bool:
         return options.only in grid
 
+    _require_sense(options, matrix, wanted)
     for row in run_matrix(matrix, options.out, start=start, seconds=60 * options.minutes, only=wanted):
         print(
             f"# {row['key']}: {row['status']} {row['why'] if row['status'] != 'ok' else ''}".rstrip(),
@@ -79,6 +82,26 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_rank) -> i
     if left:
         print(f"# {left} cells are left: repeat the command")
     return AGAIN if left else 0
+
+
+def _require_sense(options: argparse.Namespace, matrix: Matrix, wanted: Callable[[str], bool]) -> None:
+    """Refuses what would measure nothing, or nothing that is meant.
+
+    Raises:
+        ConfigProblem: no row is wanted, no cell could end in time, or there is no GPU.
+    """
+    if not any(map(wanted, GOALS)):
+        fix = f"use a part of one of: {'; '.join(GOALS)}"
+        raise ConfigProblem(f"no row holds '{options.only}'", where="command line: --only", fix=fix)
+    least = matrix.measure.timeout_seconds / 60
+    if not options.minutes > least:
+        raise ConfigProblem(
+            f"no cell is sure to end in {options.minutes:g} minutes",
+            where="command line: --minutes",
+            fix=f"use more than {least:g}, the time that a cell may take",
+        )
+    if not options.dry_run and devices_of(environment_row()) == ["cpu"]:
+        raise ConfigProblem("no NVIDIA GPU is here", where="this machine", fix="use --dry-run: tiny models")
 
 
 def tiny(matrix: Matrix) -> Matrix:
@@ -139,4 +162,6 @@ def said(found: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with one_line():
+        code = main()
+    raise SystemExit(code)

@@ -98,7 +98,7 @@ def run_matrix(
     began, here = time.monotonic(), environment_row()
     expectation = Expectation(devices_of(here)[0], rates)
     cells = [(key, grid, cell) for key, grid, cell in matrix.keys() if only(grid)]
-    with claim(out):
+    with claim(out, "benchmark", "--out"):
         there = {(row["key"], row["repeat"]) for row in read_results(out / RESULTS)}
         data = _prepared(matrix.data, out)
         for repeat in range(matrix.measure.repeats):

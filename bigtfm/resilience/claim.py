@@ -49,8 +49,10 @@ class Owner:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def claim(folder: Path, work: str = "training", name: str = "run.name") -> Iterator[None]:
     """Keeps other trainings out of the run directory within the block, and while this process lives.
+
+    work, name: what is done there, and by what it is told to go elsewhere.
 
     The system ends the lock with the process, however that dies. Where the file system has no locks, who is
     written down in it is asked for instead.
@@ -65,10 +67,11 @@ def claim(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _occupied(folder, owner) from None
+            raise _occupied(folder, owner, work, name) from None
         except OSError:  # a file system without locks
             if owner is not None and not owner.gone(me):
-                raise _occupied(folder, owner, f"if it runs no more, delete {folder / LOCK}") from None
+                otherwise = f"if it runs no more, delete {folder / LOCK}"
+                raise _occupied(folder, owner, work, name, otherwise) from None
         _write(handle, asdict(me))
         try:
             yield
@@ -94,13 +97,11 @@ def alive(folder: Path, environ: Mapping[str, str]) -> bool | None:
     return None if owner is None or owner.host != me.host else not owner.gone(me)
 
 
-def _occupied(folder: Path, owner: Owner | None, otherwise: str = "") -> Occupied:
+def _occupied(folder: Path, owner: Owner | None, work: str, name: str, otherwise: str = "") -> Occupied:
     return Occupied(
-        f"another training is at work here{f': {owner}' if owner else ''}",
+        f"another {work} is at work here{f': {owner}' if owner else ''}",
         where=str(folder),
-        fix="; ".join(
-            filter(None, ("wait until it has ended, or give this one another run.name", otherwise))
-        ),
+        fix="; ".join(filter(None, (f"wait until it has ended, or give this one another {name}", otherwise))),
     )
 
 

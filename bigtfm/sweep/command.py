@@ -57,7 +57,7 @@ def next_trials(file: Path, out: Path) -> str:
         ConfigProblem: as `sweep`; or none of those that were due has come to an end since.
     """
     study = _study(file, out)
-    with claim(out):
+    with claim(out, "sweep", "--out"):
         results, before = known_results(study), read_json(out / "due.json").get("due", [])
         last, ready = len(study.rungs) - 1, list[Work]()
         while not ready and (wanted := due(study.sweep.settings, last, results)):

@@ -64,7 +64,7 @@ def run_sweep(study: Study, jobs: int, start: Start = Ranks) -> Iterator[Row]:
     spots = places(jobs, settings.ranks)
     running: dict[Work, _Running] = {}
     starts: Counter[Work] = Counter()
-    with claim(study.out), _asked() as signals:
+    with claim(study.out, "sweep", "--out"), _asked() as signals:
         results = known_results(study)
         try:
             while not signals:
