@@ -101,6 +101,13 @@ def _one_thread() -> Iterator[None]:
             os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
+def _show(content: Any) -> None:
+    """For reading, letter by letter: brackets in a name or a message are no markup."""
+    from rich.console import Console
+
+    Console(markup=False).print(content)
+
+
 def _usage_problem(error: Any) -> Problem:
     """What click says of a wrong flag or argument."""
     program = error.ctx.command_path if error.ctx is not None else "bigtfm"
@@ -166,13 +173,11 @@ def check(
     if as_json:
         print(job.resolved.to_json(), end="")
     else:
-        from rich.console import Console
-
         try:
             attention = job.attention.reason
         except ConfigProblem as problem:  # the job may be meant for another machine
             attention = f"{problem.what}. Fix: {problem.fix}"
-        Console().print(render(job.resolved, attention))
+        _show(render(job.resolved, attention))
 
 
 @app.command()
@@ -455,9 +460,7 @@ def evaluate(
     if as_json:
         print(json.dumps(found.record()))
     else:
-        from rich.console import Console
-
-        Console().print(render(found))
+        _show(render(found))
 
 
 @app.command()
@@ -710,11 +713,9 @@ def compress(
     if as_json:
         print(json.dumps(asdict(report)))
     else:
-        from rich.console import Console
-
         from bigtfm.compression.view import render
 
-        Console().print(render(report))
+        _show(render(report))
 
 
 @app.command("import-deepspeed")
@@ -775,9 +776,7 @@ def compare(
     if as_json:
         print(json.dumps(to_json(found, picture)))
     else:
-        from rich.console import Console
-
-        Console().print(render(found, picture))
+        _show(render(found, picture))
     sys.stdout.flush()
     draw(found, picture)  # last: the verdict doesn't hang on it
     raise typer.Exit(0 if found.step is None else 1)
@@ -1006,10 +1005,8 @@ def noise_scale(
     if as_json:
         print(json.dumps(to_json(report) | {"picture": str(picture)}))
     else:
-        from rich.console import Console
-
         for each in report.measured:
-            Console().print(render(each))
+            _show(render(each))
             print(verdict(each))
         print(picture)
 
@@ -1061,9 +1058,7 @@ def doctor(
     if as_json:
         print(json.dumps(to_json(findings)))
     else:
-        from rich.console import Console
-
-        Console().print(render(findings))
+        _show(render(findings))
     raise typer.Exit(0 if is_well(findings) else 1)
 
 
@@ -1168,9 +1163,7 @@ def status(
     elif watch:
         follow(run_dir)
     else:
-        from rich.console import Console
-
-        Console().print(render(look(run_dir)))
+        _show(render(look(run_dir)))
 
 
 @app.command()

@@ -366,3 +366,16 @@ def heavy_modules_of(*arguments: str) -> list[str]:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     return next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("heavy"))
+
+
+@pytest.mark.parametrize("command", [["status"], ["doctor", "--run"]])
+def test_brackets_in_a_message_are_no_markup(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "resolved.json").write_text("{}")
+    failure = {"exit_code": 74, "what": "no [/tmp] of [rank0]", "where": "here", "fix": "none"}
+    (tmp_path / "failure.json").write_text(json.dumps(failure))
+    with pytest.raises(SystemExit):
+        app([*command, str(tmp_path)])
+    assert "no [/tmp] of [rank0]" in " ".join(capsys.readouterr().out.split())

@@ -286,10 +286,11 @@ def _facts(found: Status) -> Iterable[tuple[str, str]]:
 
 def follow(run_dir: Path) -> None:
     """Shows it anew until a Ctrl-C."""
+    from rich.console import Console
     from rich.live import Live
 
     try:
-        with Live(render(status(run_dir)), auto_refresh=False) as live:
+        with Live(render(status(run_dir)), console=Console(markup=False), auto_refresh=False) as live:
             while True:
                 time.sleep(_REFRESH)
                 live.update(render(status(run_dir)), refresh=True)
