@@ -27,9 +27,12 @@ from bigtfm.planner.parameters import MOMENTS, block_matrices, cross_matrices
 from bigtfm.planner.setting import Setting
 from bigtfm.planner.throughput import passes
 
-# Of a data sheet's peaks, what large operations reach; assumed. On one H200 a product of 8192 x 8192 x 8192
-# in bf16 ran at 770 to 798 of 989 TFLOP/s, and a copy at 4.3 of 4.8 TB/s.
-EFFICIENCY = {"products": 0.7, "attention": 0.45, "memory": 0.85, "link": 0.75, "host_link": 0.5}
+# Of a data sheet's peaks, what a training reaches. Products and memory are fitted to 63 published speeds
+# (benchmarks/published_speeds.py); the others are assumed, attention after flash-attn 2 (Dao 2023; Shah et
+# al. 2024: 35 % of an H100). Above POWER_LIMITED FLOP/s a chip's power limits its products: on an H200 one
+# alone, 8192 x 8192 x 8192 in bf16, ran at 770 to 798 of 989 TFLOP/s.
+EFFICIENCY = {"products": 0.77, "attention": 0.45, "memory": 0.5, "link": 0.75, "host_link": 0.5}
+POWER_LIMITED, LIMITED = 5e14, {"products": 0.62, "attention": 0.35}
 LAUNCH_SECONDS = 5e-6  # of an operation on a GPU; assumed
 CALL_SECONDS = 30e-6  # of a collective; assumed
 HOST_BANDWIDTH = 64e9  # bytes a second between a GPU and its host, PCIe 4 x16, both directions; assumed
@@ -276,21 +279,22 @@ def table_rates(device: Device, precision: str) -> Rates | None:
     peak = device.peak(precision)
     if peak is None:
         return None
-    memory = 1 / (EFFICIENCY["memory"] * device.bandwidth)
+    efficiency = EFFICIENCY | (LIMITED if peak > POWER_LIMITED else {})
+    memory = 1 / (efficiency["memory"] * device.bandwidth)
     return Rates(
-        products=1 / (EFFICIENCY["products"] * peak),
-        attention=1 / (EFFICIENCY["attention"] * peak),
+        products=1 / (efficiency["products"] * peak),
+        attention=1 / (efficiency["attention"] * peak),
         traffic=memory,
         operations=LAUNCH_SECONDS,
         update=memory,
         tensors=0.0,
-        sent=1 / (EFFICIENCY["link"] * device.link),
-        between_nodes=1 / (EFFICIENCY["link"] * device.network),
+        sent=1 / (efficiency["link"] * device.link),
+        between_nodes=1 / (efficiency["link"] * device.network),
         calls=CALL_SECONDS,
-        moved=1 / (EFFICIENCY["host_link"] * HOST_BANDWIDTH),
+        moved=1 / (efficiency["host_link"] * HOST_BANDWIDTH),
         swapped=1 / NVME_BANDWIDTH,
         steps=0.0,
-        source=f"estimated: {device.source}, with assumed efficiencies",
+        source=f"estimated: {device.source}, with efficiencies of published trainings",
         device=device.name,
         precision=precision,
         ranks=0,

@@ -13,7 +13,7 @@ from bigtfm.config.problems import ConfigProblem
 from bigtfm.planner.communication import plan_communication
 from bigtfm.planner.hardware import DEVICES, NAMES, device_of, names_like
 from bigtfm.planner.setting import Setting
-from bigtfm.planner.step_time import EFFICIENCY, Rates, plan_step, table_rates, work_of
+from bigtfm.planner.step_time import EFFICIENCY, LIMITED, Rates, plan_step, table_rates, work_of
 
 COUNT = 124_439_808  # GPT-2's parameters
 HEAD = 768 * 50257
@@ -112,7 +112,12 @@ def test_a_table_s_estimate_says_that_it_is_one() -> None:
     assert rates is not None
     assert not rates.measured
     assert "estimated" in rates.source
-    assert rates.products == 1 / (EFFICIENCY["products"] * 989.4e12)
+    assert rates.products == 1 / (LIMITED["products"] * 989.4e12)
+    a100 = device_of("a100-80g")
+    assert a100 is not None
+    slower = table_rates(a100, "bf16")
+    assert slower is not None
+    assert slower.products == 1 / (EFFICIENCY["products"] * 312e12)
     assert table_rates(t4, "bf16") is None
 
 
