@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bigtfm.bench.results import Row, Spread
 from bigtfm.config.problems import ConfigProblem
@@ -29,27 +30,35 @@ def rows_of_runs(folder: Path) -> Iterator[Row]:
         row |= {"model": run.name, "status": "crash", "why": "it has not come far; see its logs"}
         steps = read_metrics(run / "metrics.jsonl")[WARM_UP:]
         if failure:
-            yield row | {"why": f"{failure['where']}: {failure['what']}"}
+            why = f"{failure.get('where', run)}: {failure.get('what', 'it has failed')}"
+            yield row | {"status": "oom" if "out of memory" in why else "crash", "why": why}
         elif not resolved or not steps:
             yield row
         else:
-            axes = ("zero_stage", "precision", "micro_batch", "accumulation", "seq_len", "recompute")
-            rates = [each["tokens_per_second"] for each in steps]
-            shares = [each["mfu"] for each in steps if "mfu" in each]
-            spreads = {
-                "tokens_per_second": Spread.of(rates),
-                "step_seconds": Spread.of(e["seconds"] for e in steps),
-            }
-            yield row | {
-                "status": "ok",
-                "why": "",
-                **{name: resolved[name] for name in axes},
-                "ranks": resolved["world_size"],
-                "parameters": resolved["parameters"],
-                "tokens_per_step": resolved["tokens_per_step"],
-                "seconds": [each["seconds"] for each in steps],
-                "tokens_per_second_per_rank": spreads["tokens_per_second"].median / resolved["world_size"],
-                "mfu": Spread.of(shares).median if shares else None,
-                "loss": steps[-1]["loss"],
-                **{name: vars(spread) for name, spread in spreads.items()},
-            }
+            try:
+                yield row | _measured(resolved, steps)
+            except (KeyError, TypeError, ZeroDivisionError):
+                yield row | {"why": "its files are damaged, or another version's"}
+
+
+def _measured(resolved: dict[str, Any], steps: list[dict[str, Any]]) -> Row:
+    """What the files of a run say of its speed."""
+    axes = ("zero_stage", "precision", "micro_batch", "accumulation", "seq_len", "recompute")
+    rates, shares = [each["tokens_per_second"] for each in steps], [e["mfu"] for e in steps if "mfu" in e]
+    spreads = {
+        "tokens_per_second": Spread.of(rates),
+        "step_seconds": Spread.of(e["seconds"] for e in steps),
+    }
+    return {
+        "status": "ok",
+        "why": "",
+        **{name: resolved[name] for name in axes},
+        "ranks": resolved["world_size"],
+        "parameters": resolved["parameters"],
+        "tokens_per_step": resolved["tokens_per_step"],
+        "seconds": [each["seconds"] for each in steps],
+        "tokens_per_second_per_rank": spreads["tokens_per_second"].median / resolved["world_size"],
+        "mfu": Spread.of(shares).median if shares else None,
+        "loss": steps[-1]["loss"],
+        **{name: vars(spread) for name, spread in spreads.items()},
+    }

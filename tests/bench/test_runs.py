@@ -40,16 +40,21 @@ def test_runs_and_failures_are_rows(tmp_path: Path, capsys: pytest.CaptureFixtur
     a_run(folder / "short", 0.25, steps=5)
     (folder / "missing" / "logs").mkdir(parents=True)
     (folder / "broken" / "logs").mkdir(parents=True)
+    (folder / "old" / "logs").mkdir(parents=True)
+    (folder / "old" / "resolved.json").write_text('{"world_size": 2}')
+    (folder / "old" / "metrics.jsonl").write_bytes((folder / "zero2" / "metrics.jsonl").read_bytes())
     failure = {"exit_code": 64, "what": "out of memory", "where": "rank 0", "fix": "use less"}
     (folder / "broken" / "failure.json").write_text(json.dumps(failure))
     for _ in range(2):  # a second report does not hold them twice
         assert not command.bench([], folder, runs=folder)
-        assert len(read_rows(folder / RESULTS)) == 5
+        assert len(read_rows(folder / RESULTS)) == 6
     text = (folder / "report.md").read_text()
     assert "| zero0, ZeRO 0 | 8 = 1 x 4 x 2 | 2,048 (2,048 to 2,048) | 1,024 | 0.500 |" in text
     assert "| zero2, ZeRO 2 | 8 = 1 x 4 x 2 | 4,096 (4,096 to 4,096) | 2,048 | 0.250 |" in text
     failed = text.partition("## Failed")[2]
     assert "rank 0: out of memory" in failed
+    assert "| runs: broken | oom |" in failed
+    assert "damaged, or another version's" in failed
     assert failed.count("it has not come far") == 2
     assert "report.html" in capsys.readouterr().out
 
