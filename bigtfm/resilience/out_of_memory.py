@@ -39,8 +39,8 @@ def problem(
     what = f"out of memory with micro batch {micro_batch} of {seq_len} tokens (planned: {planned}): {said}"
     size = smaller(micro_batch)
     if size is None:
-        ways = _or([*others, "as another recipe a smaller data.seq_len"])
-        return ConfigProblem(what, where=where, fix=f"a micro batch can't be smaller: use {ways}")
+        means = _or([*others, "as another recipe a smaller data.seq_len"])
+        return ConfigProblem(what, where=where, fix=f"a micro batch can't be smaller: use {means}")
     batch = f"micro batch {size} and accumulation {accumulation * micro_batch // size}"
     if halve:
         fix = f"start the same command again: it goes on with {batch}"

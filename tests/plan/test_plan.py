@@ -92,7 +92,7 @@ def test_on_a_cpu_the_rates_are_measured(tiny_data: Path) -> None:
     found, *_ = plan(*files, [f"data.path={tiny_data}"], gpus=2, gpu="cpu", gpus_per_node=8)
     assert found.setting.vocab_size == 512
     assert found.mfu is None
-    assert "measured" in found.step.source
+    assert "measured" in found.step.rates.source
 
 
 @pytest.mark.parametrize(
