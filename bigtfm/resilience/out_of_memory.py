@@ -66,7 +66,7 @@ def other_means(
     means = [] if recompute in ("full", None) else ["compute.recompute=full"]
     means += [] if stage == 3 or world_size == 1 else ["ZeRO 3"]
     means += [] if offloads or on_cpu else ["offload to the host"]
-    return [*means, "more ranks" if stage else "more ranks at ZeRO 3"]
+    return means if stage == 0 and world_size > 1 else [*means, "more ranks"]
 
 
 def _or(ways: Sequence[str]) -> str:
