@@ -19,6 +19,7 @@ from bigtfm.data.order import MAX_SIZE, InOrder, Source, WholeDocuments, Windows
 from bigtfm.data.special import SpecialIds
 from bigtfm.data.streaming import StreamedTokens
 from bigtfm.data.tokenizer import load_tokenizer
+from bigtfm.data.vectors import load_vectors
 from bigtfm.engine import checkpoint, checksums, loading
 from bigtfm.engine.checkpoint import Progress
 from bigtfm.engine.distributed import Ranks
@@ -38,7 +39,7 @@ from bigtfm.run_directory import (
     saved_run,
     starting_point,
 )
-from bigtfm.word_vectors import fill, load_vectors, rows_of
+from bigtfm.word_vectors import fill, rows_of
 
 
 def fresh_model(job: Job) -> LanguageModel:

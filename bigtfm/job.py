@@ -20,6 +20,7 @@ from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.stream_source import StreamSource
 from bigtfm.data.streaming import ShuffledBlocks
 from bigtfm.data.tokenizer import load_tokenizer
+from bigtfm.data.vectors import form_of
 from bigtfm.model.backends import (
     Choice,
     choose,
@@ -147,7 +148,8 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
     Raises:
         ConfigProblem: one of the files, or what they say together, is wrong.
         DataProblem: the data set is missing, damaged or too small, its tokenizer lacks what the objective
-            needs, data.stream can't be trained on, or data sets of several tasks are mixed.
+            needs, data.stream can't be trained on, data sets of several tasks are mixed, or run.vectors is no
+            file of word vectors, which a fresh run alone reads.
     """
     deepspeed = load_deepspeed_json(deepspeed_json)
     run = load_run_config(config, overrides)
@@ -162,6 +164,8 @@ def check_job(config: Path | None, deepspeed_json: Path, overrides: Sequence[str
     if source is None:
         order = training_order(datasets, run.data, run.seq_len, run.run.seed)
     resolved = resolve(run, deepspeed, world_size, datasets, order, special.vocab_size)
+    if run.run.vectors is not None and not any((run.run_dir / "checkpoints").glob("step-*")):
+        form_of(Path(run.run.vectors))
     for dataset in datasets:
         if dataset.small:
             dataset.verify()

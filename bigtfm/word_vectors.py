@@ -1,26 +1,22 @@
-"""Word vectors of others as a fresh run's token embedding: GloVe, word2vec (text, binary) and fastText files.
+"""Word vectors of others (data/vectors.py) as a fresh run's token embedding.
 
 V tokens of the vocabulary, C features of the model, D of the vectors.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigtfm.config.optional import library
 from bigtfm.config.problems import DataProblem
 from bigtfm.config.sections import ModelSection
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.engine import fragments
 
-FASTTEXT = 793712314  # first number of fastText's own files
 EMBEDDING = "embed_tokens.weight"
 
 
@@ -37,55 +33,6 @@ class Coverage:
         how = "" if self.dimensions == hidden_size else f", projected from {self.dimensions} to {hidden_size}"
         share = f"{self.found:,} of {self.words:,} tokens that begin a word"
         return f"{path}: vectors for {share} ({self.found / max(self.words, 1):.0%}){how}"
-
-
-def load_vectors(path: Path) -> Any:
-    """gensim's KeyedVectors of a file, whatever its format.
-
-    Raises:
-        ConfigProblem: gensim is not installed.
-        DataProblem: there is no such file, or it holds no word vectors.
-    """
-    lacking = {"lacking": "gensim is not installed", "where": "run.vectors", "extra": "vectors"}
-    KeyedVectors = library("gensim.models", **lacking).KeyedVectors
-    load_facebook_vectors = library("gensim.models.fasttext", **lacking).load_facebook_vectors
-    try:
-        with path.open("rb") as file:
-            begin = file.read(4)
-            file.seek(0)
-            first = file.readline(1 << 20)
-        if len(begin) == 4 and struct.unpack("<i", begin)[0] == FASTTEXT:
-            return load_facebook_vectors(str(path))
-        if len(parts := first.split()) == 2 and all(part.isdigit() for part in parts):
-            return KeyedVectors.load_word2vec_format(str(path), binary=path.suffix == ".bin")
-        dimensions = len(parts) - 1
-        words, values = _without_header(path, dimensions)
-        vectors = KeyedVectors(vector_size=dimensions)
-        vectors.add_vectors(words, values)
-        return vectors
-    except FileNotFoundError:
-        raise DataProblem("no such file", where=str(path), fix="pass a file of word vectors") from None
-    except (ValueError, EOFError, IndexError, OverflowError, MemoryError, struct.error, OSError) as error:
-        raise DataProblem(
-            f"holds no word vectors: {str(error)[:200]}",
-            where=str(path),
-            fix="pass GloVe's or word2vec's text, or word2vec's or fastText's .bin",
-        ) from None
-
-
-def _without_header(path: Path, dimensions: int) -> tuple[list[str], NDArray[np.float32]]:
-    """GloVe's text: a word and its numbers a line; some of its words have blanks."""
-    words, values = [], []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            word, *numbers = line.rstrip().rsplit(" ", dimensions)
-            if not dimensions or len(numbers) != dimensions:
-                raise ValueError(f"line {number} has no {max(dimensions, 1)} numbers behind a word")
-            words.append(word)
-            values.append(np.array(numbers, dtype=np.float32))
-    if not words:
-        raise ValueError("it is empty")
-    return words, np.stack(values)
 
 
 def rows_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import gensim
@@ -18,8 +19,10 @@ from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.config.run import load_run_config
 from bigtfm.config.sections import ModelSection
 from bigtfm.data.tokenizer import load_tokenizer
+from bigtfm.data.vectors import load_vectors
 from bigtfm.export import export
-from bigtfm.word_vectors import load_vectors, projected, rows_of
+from bigtfm.job import check_job
+from bigtfm.word_vectors import projected, rows_of
 
 THEIRS = Path(gensim.__file__).parent / "test" / "test_data"
 WORDS = {"the": [1.0, 0, 0, 2], "people": [0, 1.0, 0, 0], "and": [0, 0, 3.0, 0], "our": [-1, 0, 0, 1.0]}
@@ -67,6 +70,25 @@ def test_what_is_none_is_one_line(content: bytes, tmp_path: Path) -> None:
         load_vectors(path)
     with pytest.raises(DataProblem, match="no such file"):
         load_vectors(tmp_path / "gone")
+
+
+NONE = {"empty": b"", "prose": b"Call me Ishmael.\n", "another": b'{"the": [1, 2]}\n', "alone": b"the\n"}
+
+
+@pytest.mark.parametrize("name", [*NONE, "gone", "a folder"])
+def test_a_job_is_refused_before_it_starts(
+    name: str, tmp_path: Path, tiny_data: Path, deepspeed_json: Callable[..., Path]
+) -> None:
+    path, files = tmp_path / "vectors.txt", [None, deepspeed_json()]
+    if name in NONE:
+        path.write_bytes(NONE[name])
+    elif name == "a folder":
+        path.mkdir()
+    args = [*TINY, f"data.path={tiny_data}", f"run.dir={tmp_path}", f"run.vectors={path}", "run.steps=1"]
+    with pytest.raises(DataProblem, match=r"vectors\.txt: (holds no word vectors|no such file)"):
+        check_job(*files, args, 1)
+    (tmp_path / load_run_config(None, args).run.name / "checkpoints" / "step-00000001").mkdir(parents=True)
+    check_job(*files, args, 1)  # it has begun: nobody reads them any more
 
 
 def test_the_tokens_that_begin_a_word_get_theirs(tmp_path: Path, tiny_data: Path) -> None:
