@@ -235,7 +235,10 @@ def prepare(
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(help="A task's labels in their order, with commas. Default: all in the rows, sorted."),
+        typer.Option(
+            help="A task's labels in their order, with commas; one that has a comma in double quotes. "
+            "Default: all in the rows, sorted."
+        ),
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(help="Most tokens of a task's example; data.seq_len has to hold it.")

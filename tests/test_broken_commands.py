@@ -232,7 +232,7 @@ def test_broken_launches(
 # --- data ------------------------------------------------------------------------------------------------
 
 PREPARE: list[tuple[str, bytes, list[str], int, str]] = [
-    ("in.txt", b"", [], DATA, "no text in the input"),
+    ("in.txt", b"", [], DATA, "in.txt: no text in the input"),
     ("in.txt", b"text", ["--out", ""], CONFIG, "--out is empty"),
     ("in.txt", b"text", ["--input", ""], CONFIG, "an --input is empty"),
     ("in.txt", b"text", ["--out", "in.txt"], CONFIG, "is a file"),
@@ -244,6 +244,7 @@ PREPARE: list[tuple[str, bytes, list[str], int, str]] = [
     ("in.txt", b"text", ["--tokenizer", "nowhere"], DATA, "no such tokenizer"),
     ("in.txt", b"text", ["--tokenizer", "in.txt"], DATA, "sentencepiece can't load it"),
     ("in.txt", "text".encode("utf-16"), [], DATA, "the text is UTF-16"),
+    ("in.csv", "text,label".encode("utf-16"), [], DATA, "the text is UTF-16"),
     ("in.pdf", b"text", [], DATA, "unsupported kind of file"),
     ("in.txt.gz", b"text", [], DATA, "damaged gzip file"),
     ("in.jsonl", b'{"text": "a"}\n{', [], DATA, "in.jsonl:2: invalid JSON"),

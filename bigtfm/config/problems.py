@@ -179,6 +179,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"use one of: {', '.join(known)}"
 
 
+def counted(number: int, noun: str) -> str:
+    """1 document, 2 documents."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def shown(value: Any) -> str:
     """A value from a config as a message quotes it: short, and on one line."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bigtfm.config.problems import DataProblem, StorageProblem
+from bigtfm.config.problems import DataProblem, StorageProblem, counted
 from bigtfm.data.indexed import SHA256, Signed, TokenDataset
 from bigtfm.data.order import Pieces
 from bigtfm.data.samples import places, within
@@ -69,8 +69,9 @@ class Plan(BaseModel):
     def line(self, folder: Path) -> str:
         """What `bigtfm pack` says."""
         return (
-            f"{folder}: {self.sequences:,} sequences of up to {self.seq_len:,} tokens, {self.full:.2%} full; "
-            f"{self.cut:,} of {self.documents:,} documents are cut (in windows: {self.cut_by_windows:,})"
+            f"{folder}: {counted(self.sequences, 'sequence')} of up to {self.seq_len:,} tokens, "
+            f"{self.full:.2%} full; {self.cut:,} of {counted(self.documents, 'document')} "
+            f"{'is' if self.cut == 1 else 'are'} cut (in windows: {self.cut_by_windows:,})"
         )
 
 

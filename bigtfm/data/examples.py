@@ -10,6 +10,7 @@ What a mark means is the objective's (data/supervised.py):
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,9 +107,9 @@ class TaskSetting:
                 parts = self.format.texts(row)
             yield "\n".join(parts).encode("utf-8", "surrogatepass")
 
-    def labels_in(self, span: Span) -> set[str]:
-        """The labels of the span's rows."""
-        found: set[str] = set()
+    def labels_in(self, span: Span) -> Counter[str]:
+        """The labels of the span's rows, and how often each stands there."""
+        found: Counter[str] = Counter()
         if self.format.labels_of is not None:
             for row, where in self.rows(span):
                 with told(where):
@@ -134,6 +135,19 @@ def text(row: Row, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise Wrong(f"'{name}' is {_kind(value)}, not text", "correct or remove that row, or see --column")
     return str(value)
+
+
+def label(row: Row, name: str) -> str:
+    """A value that has to be a label: text that is not empty, or true or false.
+
+    Raises:
+        Wrong: it is none.
+    """
+    value = row.get(name)
+    found = str(value).lower() if isinstance(value, bool) else text(row, name)
+    if not found:
+        raise Wrong(f"'{name}' is empty", "give the row a label or remove it, or see --column")
+    return found
 
 
 def items(row: Row, name: str) -> list[Any]:

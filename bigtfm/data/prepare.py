@@ -21,14 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean
+from bigtfm.config.problems import ConfigProblem, DataProblem, counted, did_you_mean
 from bigtfm.data.documents import read_documents
 from bigtfm.data.examples import TaskSetting
 from bigtfm.data.filtering import report as filters_report
 from bigtfm.data.filtering.run import filter_units
 from bigtfm.data.filtering.settings import load_filters
 from bigtfm.data.filtering.units import Filtering, cleaned_documents
-from bigtfm.data.indexed import MAX_MARK, TOKENIZER_FOLDER, Header, TokenDataset
+from bigtfm.data.indexed import TOKENIZER_FOLDER, Header, TokenDataset
+from bigtfm.data.labels import find_labels
 from bigtfm.data.sources import EMBEDDED, Reading, Source, Span, Unit, find_sources, plan_units
 from bigtfm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from bigtfm.data.train_tokenizer import ModelType, sample_documents, train_sentencepiece
@@ -43,6 +44,7 @@ from bigtfm.data.units import (
     write_synced,
 )
 from bigtfm.data.work_folder import (
+    LABELS,
     continue_or_start,
     is_finished,
     locked,
@@ -72,18 +74,23 @@ class Summary:
     seconds: float = 0.0
     existing: bool = False
     task: str | None = None
+    labels: int = 0  # of it
     shard: str | None = None  # that all this is about
 
     @property
     def line(self) -> str:
         """One line for the user."""
+        noun = "document" if self.task is None else "example"
         parts = [
-            f"{name} {counts.tokens:,} tokens of {counts.documents:,} documents ({counts.bytes:,} bytes)"
+            f"{name} {counted(counts.tokens, 'token')} of {counted(counts.documents, noun)} "
+            f"({counts.bytes:,} bytes)"
             for name, counts in self.splits.items()
         ]
         if self.empty_documents:
-            what = "empty documents" if self.task is None else "rows without an example"
-            parts.append(f"{self.empty_documents:,} {what} left out")
+            empty = counted(self.empty_documents, "empty document" if self.task is None else "row")
+            parts.append(f"{empty}{'' if self.task is None else ' without an example'} left out")
+        if self.labels:
+            parts.append(counted(self.labels, "label"))
         done = "was there already" if self.existing else f"prepared in {self.seconds:.1f} s"
         if self.shard and not self.existing:
             done = f"shard {self.shard} done in {self.seconds:.1f} s; joined by the command without --shard"
@@ -202,8 +209,11 @@ def prepare(
                     filters_report.require_some(dropped)
                 documents = partial(cleaned_documents, filtering)
             with one_at_a_time(work):
-                model = _tokenizer(work, given, units, documents, vocab_size, model_type, report)
-                task = _with_labels(work, task, units, report) if task is not None else None
+                if task is not None:
+                    task = _with_labels(work, task, units, _names(inputs), report)
+                model = _tokenizer(
+                    work, given, units, documents, vocab_size, model_type, _names(inputs), report
+                )
             dtype = "uint16" if model.vocab_size <= 65536 and task is None else "uint32"
             job = Job(
                 work / "units", work / TOKENIZER_FOLDER, dtype, reading, validation_fraction, task, filtering
@@ -216,7 +226,7 @@ def prepare(
                     time.monotonic() - started, task=task.format.name if task is not None else None,
                     shard=shard,
                 )  # fmt: skip
-            records, folders = _tokenise(job, units, workers, report)
+            records, folders = _tokenise(job, units, workers, _names(inputs), report)
             header = _join(
                 job, records, folders, model, plan, sum(source.size for source in sources), file_bytes
             )
@@ -310,6 +320,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _names(inputs: Sequence[str]) -> str:
+    """The inputs, as a problem tells where it is."""
+    more = f" and {len(inputs) - 3} more" if len(inputs) > 3 else ""
+    return ", ".join(map(str, inputs[:3])) + more
+
+
 def _name(given: str) -> str:
     return given if given in ("-", EMBEDDED) or given.startswith("hf:") else Path(given).resolve().name
 
@@ -328,6 +344,7 @@ def _tokenizer(
     documents: Callable[[Span], Iterator[bytes]],
     vocab_size: int | None,
     model_type: ModelType,
+    where: str,
     report: Report,
 ) -> Tokenizer:
     """The data set's tokenizer, in work/tokenizer: an interrupted run's, the given one, or a new one."""
@@ -335,7 +352,7 @@ def _tokenizer(
     if folder.exists():
         return load_tokenizer(folder)
     if given is None:
-        sample = sample_documents(units, documents, report)
+        sample = sample_documents(units, documents, where, report)
         given = SentencePieceTokenizer(
             train_sentencepiece(sample, vocab_size=vocab_size, model_type=model_type)
         )
@@ -345,35 +362,20 @@ def _tokenizer(
     return given
 
 
-def _with_labels(work: Path, task: TaskSetting, units: Sequence[Unit], report: Report) -> TaskSetting:
-    """With the labels of all rows, sorted, unless the user has stated them; kept for who goes on with it.
-
-    Raises:
-        DataProblem: there are none, or too many.
-    """
-    path = work / "labels.json"
+def _with_labels(
+    work: Path, task: TaskSetting, units: Sequence[Unit], where: str, report: Report
+) -> TaskSetting:
+    """With the labels of all rows, unless the user has stated them; kept for who goes on with it."""
+    path = work / LABELS
     if task.labels or task.format.labels_of is None:
         return task
     if not path.exists():
-        found: set[str] = set()
-        for number, unit in enumerate(units):
-            report("reading for the labels", number, len(units))
-            found.update(label for span in unit for label in task.labels_in(span))
-            if len(found) > MAX_MARK:
-                raise DataProblem(
-                    f"more than {MAX_MARK} labels, such as '{min(found)}'",
-                    where="bigtfm prepare",
-                    fix="name the column of the labels with --column",
-                )
-        write_synced(path, json.dumps(sorted(found)).encode())
-    labels = tuple(json.loads(path.read_bytes()))
-    if not labels:
-        raise DataProblem("no labels in the input", where="bigtfm prepare", fix="check --input and --column")
-    return replace(task, labels=labels)
+        write_synced(path, json.dumps(find_labels(task, units, where, report)).encode())
+    return replace(task, labels=tuple(json.loads(path.read_bytes())))
 
 
 def _tokenise(
-    job: Job, units: Sequence[Unit], workers: int, report: Report
+    job: Job, units: Sequence[Unit], workers: int, where: str, report: Report
 ) -> tuple[list[Record], list[Path]]:
     """The record and folder of every unit, those of an interrupted run kept."""
     numbers = range(len(units))
@@ -385,11 +387,9 @@ def _tokenise(
         if job.task.format.name == "chat":
             what = f"{what}: none has a turn of the assistant that fits"
             fix = "check --input, --column, --max-tokens and the roles: user, assistant, system, tool"
-        raise DataProblem(what, where="bigtfm prepare", fix=fix)
+        raise DataProblem(what, where=where, fix=fix)
     if not documents:
-        raise DataProblem(
-            "no text in the input", where="bigtfm prepare", fix="check --input and --text-column"
-        )
+        raise DataProblem("no text in the input", where=where, fix="check --input and --text-column")
     if job.validation_fraction and not any(record.splits["validation"].documents for record in records):
         chosen = min(record.smallest_hash for record in records)
         again = [number for number in numbers if records[number].smallest_hash == chosen]
@@ -397,9 +397,8 @@ def _tokenise(
             records[number], folders[number] = record, unit_folder(job, number, chosen)
     if not any(record.splits["train"].documents for record in records):
         fix = "give more text, a smaller --document-bytes, or --validation-fraction 0"
-        raise DataProblem(
-            "every document went to validation, none is left to train on", where="bigtfm prepare", fix=fix
-        )
+        what = "every document went to validation, none is left to train on"
+        raise DataProblem(what, where=where, fix=fix)
     return records, folders
 
 
@@ -486,6 +485,7 @@ def _describe(
         time.monotonic() - started,
         existing,
         header.task.name if header.task is not None else None,
+        len(header.task.labels) if header.task is not None else 0,
     )
 
 

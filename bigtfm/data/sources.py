@@ -111,7 +111,7 @@ def _file_source(path: Path) -> Source:
         raise DataProblem(
             f"can't be read: {error.strerror}", where=str(path), fix="check its permissions"
         ) from None
-    if suffix == ".txt" and start in (b"\xff\xfe", b"\xfe\xff"):
+    if start in (b"\xff\xfe", b"\xfe\xff") and suffix != ".parquet" and not suffix.endswith(".gz"):
         raise DataProblem(
             "the text is UTF-16", where=str(path), fix="convert it with iconv -f UTF-16 -t UTF-8"
         )

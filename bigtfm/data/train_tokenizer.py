@@ -21,9 +21,14 @@ SAMPLE_UNITS = 256  # of the input, at most, that they are taken from
 def sample_documents(
     units: Sequence[Unit],
     documents: Callable[[Span], Iterator[bytes]],
+    where: str,
     report: Callable[[str, int, int], None],
 ) -> list[bytes]:
-    """Documents from all over the input, at most SAMPLE_BYTES; the same for the same input."""
+    """Documents from all over the input, at most SAMPLE_BYTES; the same for the same input. where: its name.
+
+    Raises:
+        DataProblem: there is no text.
+    """
     if sum(span.weight for unit in units for span in unit) > SAMPLE_BYTES:
         step = max(len(units) / SAMPLE_UNITS, 1)
         units = [units[int(i * step)] for i in range(int(len(units) / step))]
@@ -41,7 +46,7 @@ def sample_documents(
         report("reading for the tokenizer", SAMPLE_BYTES - room, 0)
     if not any(sample):
         raise DataProblem(
-            "no text in the input", where="bigtfm prepare", fix="check --input and --text-column"
+            "no text in the input", where=where, fix="check --input, and the column of the text"
         )
     report("training the tokenizer", 0, 0)
     return sample

@@ -24,6 +24,7 @@ from bigtfm.data.units import SPLITS, write_synced
 from bigtfm.data.workers import STORAGE_FIX
 
 WORK_FOLDER = ".prepare"
+LABELS = "labels.json"  # of a task's rows
 PLAN_NAME = "prepare.json"  # what command made the data set; the header says what it holds
 
 
@@ -113,6 +114,7 @@ def continue_or_start(work: Path, plan: dict[str, Any], force: bool, alone: bool
             )
         for name in ("units", "filtered", TOKENIZER_FOLDER):
             shutil.rmtree(work / name, ignore_errors=True)
+        (work / LABELS).unlink(missing_ok=True)
     write_synced(path.with_suffix(".new"), json.dumps(plan).encode())
     path.with_suffix(".new").replace(path)
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from bigtfm.data.documents import Row
-from bigtfm.data.examples import Example, Format, Reader, text
+from bigtfm.data.examples import Example, Format, Reader, label, text
 from bigtfm.tasks.predictor import Predictor
 from bigtfm.tasks.task import Scores, Sums, Task, f1, ratio
+
+LABELS = {"label", "relation"}  # columns that a prediction does not look at
 
 
 def make(row: Row, reader: Reader) -> list[Example]:
@@ -23,7 +25,7 @@ def make(row: Row, reader: Reader) -> list[Example]:
     first = encode(text(row, "text"))
     if not first:
         return []
-    mark = reader.mark(text(row, "label")) if "label" in row else 0
+    mark = reader.mark(reference(row)) if "label" in row else 0
     second = encode(text(row, "second")) if row.get("second") is not None else []
     if not second:
         first = first[:room]
@@ -40,7 +42,7 @@ def texts(row: Row) -> list[str]:
 
 
 def labels_of(row: Row) -> list[str]:
-    return [text(row, "label")]
+    return [reference(row)]
 
 
 def predict(
@@ -49,8 +51,8 @@ def predict(
     reader: Reader,
     make: Callable[[Row, Reader], list[Example]] = make,
 ) -> list[str | None]:
-    """The likeliest label of each row; None of one that makes no example."""
-    made = [make(row, reader) for row in rows]
+    """The likeliest label of each row, whatever it is labelled; None of one that makes no example."""
+    made = [make({name: row[name] for name in row.keys() - LABELS}, reader) for row in rows]
     scores = iter(predictor.scores([example for examples in made for example in examples]))
     place = -1 if predictor.causal else 0
     return [reader.labels[int(next(scores)[place].argmax())] if examples else None for examples in made]
@@ -58,12 +60,12 @@ def predict(
 
 def score(predicted: Sequence[Any], gold: Sequence[Any]) -> Scores:
     """accuracy; f1: of the labels, the mean of each one's (macro); of two labels also each one's."""
-    labels = sorted({*gold} | {label for label in predicted if label is not None})
+    labels = sorted({*gold} | {one for one in predicted if one is not None})
     sums = np.zeros((len(gold), 2 + 3 * len(labels)))
     sums[:, 0] = [p == g for p, g in zip(predicted, gold, strict=True)]
     sums[:, 1] = 1
-    for n, label in enumerate(labels):
-        said, right = np.array([p == label for p in predicted]), np.array([g == label for g in gold])
+    for n, one in enumerate(labels):
+        said, right = np.array([p == one for p in predicted]), np.array([g == one for g in gold])
         sums[:, 2 + 3 * n : 5 + 3 * n] = np.stack([said & right, said, right], 1)
     of_sums = partial(_metrics, len(labels))
     return Scores(of_sums(sums.sum(0)), sums, of_sums)
@@ -75,7 +77,7 @@ def _metrics(count: int, sums: Sums) -> Mapping[str, float]:
 
 
 def reference(row: Row) -> str:
-    return text(row, "label")
+    return label(row, "label")
 
 
 def most_frequent(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 
 from bigtfm.config.problems import ConfigProblem, did_you_mean
@@ -49,7 +50,8 @@ def setting_of(
     max_tokens: int = 512,
     template: str | None = None,
 ) -> TaskSetting:
-    """What `bigtfm prepare --task` asks for; columns: NAME=COLUMN each; labels: with commas between them.
+    """What `bigtfm prepare --task` asks for; columns: NAME=COLUMN each; labels: with commas between them, one
+    that has a comma in double quotes.
 
     Raises:
         ConfigProblem: something of it is none of the task's.
@@ -67,11 +69,13 @@ def setting_of(
         if own not in chosen:
             raise problem(f"--task {name} reads no '{own}'", did_you_mean(own, chosen))
         chosen[own] = column
-    stated = tuple(label.strip() for label in labels.split(",")) if labels is not None else ()
-    if stated and form.labels_of is None:
+    if labels is not None and form.labels_of is None:
         raise problem(f"--labels does nothing for --task {name}", "leave it out")
+    stated = tuple(_listed(labels)) if labels is not None else ()
     if len({*stated}) < len(stated) or "" in stated:
         raise problem("--labels has one twice, or an empty one", "name each label once")
+    if len(stated) == 1:
+        raise problem(f"--labels has {stated[0]} alone: there is nothing to tell apart", "name two or more")
     if template is not None and name != "chat":
         raise problem(f"--template does nothing for --task {name}", "leave it out")
     if template is not None and template not in chat.TEMPLATES:
@@ -80,3 +84,13 @@ def setting_of(
         raise problem(f"--max-tokens is {max_tokens}", "pass 8 or more")
     options = {"template": template or "plain"} if name == "chat" else {}
     return TaskSetting(form, chosen, stated, max_tokens, options)
+
+
+def _listed(labels: str) -> list[str]:
+    """The values of a line of CSV."""
+    try:
+        [values] = csv.reader([labels], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError):
+        fix = "put commas between labels, and double quotes around one that has a comma"
+        raise ConfigProblem("--labels can't be read", where="command line", fix=fix) from None
+    return [value.strip() for value in values]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bigtfm.data.documents import Row
-from bigtfm.data.examples import Example, Format, Reader, Wrong, text
+from bigtfm.data.examples import Example, Format, Reader, Wrong, label, text
 from bigtfm.tasks import classification
 from bigtfm.tasks.task import Scores, Sums, Task, f1, ratio
 
@@ -34,7 +34,7 @@ def make(row: Row, reader: Reader) -> list[Example]:
         return []
     left = min(len(before), max(room // 2, room - len(behind)))
     ids = before[len(before) - left :] + middle + behind[: room - left]
-    mark = reader.mark(text(row, "relation")) if "relation" in row else 0
+    mark = reader.mark(reference(row)) if "relation" in row else 0
     return [reader.document([(ids, [0] * len(ids))], bos=mark, eos=mark)]
 
 
@@ -82,7 +82,7 @@ def texts(row: Row) -> list[str]:
 
 
 def reference(row: Row) -> str:
-    return text(row, "relation")
+    return label(row, "relation")
 
 
 def labels_of(row: Row) -> list[str]:

@@ -51,8 +51,8 @@ def labels_of(row: Row) -> list[str]:
 
 
 def predict(predictor: Predictor, rows: Sequence[Row], reader: Reader) -> list[list[str]]:
-    """The likeliest label of each word."""
-    made = [make(row, reader) for row in rows]
+    """The likeliest label of each word, whatever it is labelled."""
+    made = [make({"words": row.get("words")}, reader) for row in rows]
     every = [example for examples in made for example in examples]
     scores = iter(predictor.scores(every))
     found = []

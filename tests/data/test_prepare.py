@@ -128,7 +128,7 @@ def test_rows_are_documents(tmp_path, model, name):
     summary = prepare([str(path)], tmp_path / "out", tokenizer=model, validation_fraction=0, unit_bytes=KIB)
     assert documents(tmp_path / "out") == [row.encode() for row in rows if row]
     assert summary.empty_documents == 1
-    assert "1 empty documents left out" in summary.line
+    assert "1 empty document left out" in summary.line
     assert summary.splits["train"].documents == len(rows) - 1
     assert summary.splits["validation"].tokens == 0
 

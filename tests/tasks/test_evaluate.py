@@ -38,7 +38,7 @@ def test_predictions_are_kept_and_labels_need_not_be_there(run: Path, tmp_path: 
     assert found.baseline["accuracy"] == pytest.approx(2 / 3)
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
     assert lines[1] == {"predicted": "bad", "reference": "bad"}
-    unlabelled = [{"text": BAD["text"]}, {"text": ""}, {"text": GOOD["text"]}]
+    unlabelled = [{"text": BAD["text"], "label": "?"}, {"text": ""}, {"text": GOOD["text"]}]
     assert list(predict(run, rows(tmp_path, *unlabelled), Options())) == ["bad", None, "good"]
 
 

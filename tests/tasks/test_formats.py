@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from bigtfm.config.marks import BEGINS, ENDS, SELECTABLE, WRITTEN
 from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.data.examples import Example, Reader, Wrong
 from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.labels import require_learnable
 from bigtfm.data.prepare import prepare
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.tasks import chat, question_answering
@@ -256,7 +258,15 @@ def test_a_prepared_data_set_names_task_and_labels(tmp_path: Path, tiny_data: Pa
     ("rows", "options", "what"),
     [
         (["text\tlabel", "fine\tgood"], ["label=stars"], r"no column 'stars'.*--column"),
-        (["text\tlabel"], [], "no labels in the input"),
+        (["text\tlabel"], [], r"films.tsv: no labels in the input"),
+        (["text\tlabel", *["fine\tgood"] * 3], [], '"good" is the label everywhere.*--column'),
+        (["text\tlabel", "fine\tgood", "dull\t"], [], r"'label' is empty"),
+        (
+            ["text\tlabel", *[f"film {n}\treview {n}" for n in range(40)]],
+            [],
+            "40 different labels in 40 .*once",
+        ),
+        (["text\tlabel", *[f"film\t{n % 60 / 7:.2f}" for n in range(600)]], [], "60 different.*a quantity"),
         (["text\tlabel\ttext", "fine\tgood\tdull"], [], "films.tsv:1: two columns are named 'text'"),
         (["text\tlabel", "fine\tgood", "dull\tmeh"], ["labels"], r"films.tsv:3: unknown label 'meh'"),
     ],
@@ -290,7 +300,60 @@ def test_rows_that_become_no_example_are_counted(tmp_path: Path, tiny_data: Path
     made = prepare([lines(tmp_path / "chat.jsonl", *said)], tmp_path / "out", task=setting_of("chat"),
                    tokenizer=tiny_data / "tokenizer", validation_fraction=0, progress=False)  # fmt: skip
     assert made.splits["train"].documents == 2
-    assert "1 rows without an example left out" in made.line
+    assert "1 row without an example left out" in made.line
+
+
+def test_labels_that_can_be_learnt() -> None:
+    for found in (
+        "abcdefghij",
+        "ab" * 3,
+        map(str, [n / 2 for n in range(10)] * 2),
+        map(str, [*range(99)] * 2),
+    ):
+        require_learnable(Counter(found), "films.tsv")
+
+
+def test_labels_may_have_commas_and_be_true_or_false(tokenizer: Tokenizer) -> None:
+    assert setting_of("classification", labels='no, "yes, but",maybe').labels == ("no", "yes, but", "maybe")
+    for wrong in ('"yes, but', "good", "a,,b", '"a"b,c'):
+        with pytest.raises(ConfigProblem, match="--labels"):
+            setting_of("classification", labels=wrong)
+    [one] = make("classification", {"text": "fine", "label": True}, tokenizer, labels=("false", "true"))
+    assert one.marks[0] == 2
+
+
+def test_labels_of_another_command_are_forgotten(tmp_path: Path, tiny_data: Path) -> None:
+    source = lines(tmp_path / "films.tsv", "text\tlabel\tstars", "fine\tgood\t5", "dull\tbad\t1")
+
+    def made(column: str, **more: Any) -> tuple[str, ...]:
+        setting = setting_of("classification", [f"label={column}"])
+        prepare([source], tmp_path / "out", tokenizer=tiny_data / "tokenizer", task=setting, progress=False,
+                validation_fraction=0, **more)  # fmt: skip
+        task = TokenDataset.open(tmp_path / "out").header.task
+        assert task is not None
+        return task.labels
+
+    assert made("stars") == ("1", "5")
+    work = tmp_path / "out" / ".prepare"  # as a kill leaves it
+    work.mkdir()
+    (work / "prepare.json").write_text("{}")
+    (work / "labels.json").write_text('["1", "5"]')
+    assert made("label", force=True) == ("bad", "good")
+
+
+@pytest.mark.parametrize("name", ["translation", "chat", "classification"])
+@pytest.mark.parametrize("given", [True, False])
+def test_an_empty_file_is_named(name: str, given: bool, tmp_path: Path, tiny_data: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    model = tiny_data / "tokenizer" if given else None
+    with pytest.raises(DataProblem, match=r"rows\.jsonl: no "):
+        prepare(
+            [str(tmp_path / "rows.jsonl")],
+            tmp_path / "out",
+            tokenizer=model,
+            task=setting_of(name),
+            progress=False,
+        )
 
 
 def test_text_has_no_columns(tmp_path: Path, tiny_data: Path) -> None:
