@@ -80,6 +80,7 @@ class Format:
     make: Callable[[Row, Reader], list[Example]]
     labels_of: Callable[[Row], list[str]] | None = None
     optional: frozenset[str] = frozenset()  # columns that may be missing
+    share_texts: bool = False  # rows may have nearly the same text, and differ in what is asked of it
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class TaskSetting:
         for row, where in read_rows(span, list(self.columns.values()), optional):
             yield {name: row[column] for name, column in self.columns.items() if column in row}, where
 
-    def texts(self, span: Span) -> Iterator[bytes]:
+    def texts(self, span: Span, all_optional: bool = False) -> Iterator[bytes]:
         """What a tokenizer is trained on."""
-        for row, where in self.rows(span):
+        for row, where in self.rows(span, all_optional):
             with told(where):
                 parts = self.format.texts(row)
             yield "\n".join(parts).encode("utf-8", "surrogatepass")

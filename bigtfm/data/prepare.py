@@ -26,7 +26,7 @@ from bigtfm.data.documents import read_documents
 from bigtfm.data.examples import TaskSetting
 from bigtfm.data.filtering import report as filters_report
 from bigtfm.data.filtering.run import filter_units
-from bigtfm.data.filtering.settings import load_filters
+from bigtfm.data.filtering.settings import load_filters, require_for_rows
 from bigtfm.data.filtering.units import Filtering, cleaned_documents
 from bigtfm.data.indexed import TOKENIZER_FOLDER, Header, TokenDataset
 from bigtfm.data.labels import find_labels
@@ -160,10 +160,12 @@ def prepare(
         workers,
     )
     number, of = _parse_shard(shard, inputs, force) if shard is not None else (0, 1)
+    if task is not None:
+        needed = [name for name in task.columns if name not in task.format.optional]
+        text_column = task.columns[needed[0]] if needed else ""
     wanted = load_filters(filters, exclude, text_column)
     if wanted is not None and task is not None:
-        what, fix = "filters are for text, and --task makes examples of it", "leave one of them out"
-        raise ConfigProblem(what, where="bigtfm prepare", fix=fix)
+        require_for_rows(wanted, task)
     if shard is not None and wanted is not None and wanted.compares:
         raise ConfigProblem(
             "--shard is given, and [duplicates] compares all documents with each other",
@@ -174,9 +176,6 @@ def prepare(
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     with storage_errors(out), locked(out, shard) as work:
         sources = find_sources(inputs, spool_stdin(work, stdin_format) if "-" in inputs else None)
-        if task is not None:
-            needed = [name for name in task.columns if name not in task.format.optional]
-            text_column = task.columns[needed[0]] if needed else ""
         reading = _reading(sources, text_column, document_bytes, unit_bytes)
         options = {
             "text_column": text_column,
@@ -203,7 +202,7 @@ def prepare(
             documents = task.texts if task is not None else partial(read_documents, reading=reading)
             filtering = None
             if wanted is not None:
-                filtering = Filtering(work / "filtered", wanted, reading)
+                filtering = Filtering(work / "filtered", wanted, reading, task)
                 dropped = filter_units(filtering, units, range(number, len(units), of), workers, report)
                 if shard is None:
                     filters_report.require_some(dropped)

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtfm.data.documents import document_hash, read_documents
+from bigtfm.data.documents import Row, Where, document_hash, read_documents
 from bigtfm.data.examples import Example, Reader, TaskSetting, told
-from bigtfm.data.filtering.units import Filtering, kept_documents
+from bigtfm.data.filtering.units import Filtering, kept, kept_documents
 from bigtfm.data.indexed import INDEX_DTYPE, MARK_SHIFT, Tokens
 from bigtfm.data.sources import Reading, Unit
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
@@ -128,7 +128,10 @@ def _write_tokens(job: Job, number: int, spans: Unit, chosen: int | None, folder
             for name in SPLITS
         }
         if job.task is not None:
-            for name, example in _examples(job.task, spans, tokenizer, threshold, chosen, record):
+            rows: Iterable[tuple[Row, Where]] = chain.from_iterable(map(job.task.rows, spans))
+            if job.filtering:
+                rows = (row for row, _ in kept(job.filtering, number, rows))
+            for name, example in _examples(job.task, rows, tokenizer, threshold, chosen, record):
                 writers[name].add_example(example, tokenizer)
             return record
         read: Iterable[bytes] = chain.from_iterable(read_documents(span, job.reading) for span in spans)
@@ -147,11 +150,16 @@ def _write_tokens(job: Job, number: int, spans: Unit, chosen: int | None, folder
 
 
 def _examples(
-    task: TaskSetting, spans: Unit, tokenizer: Tokenizer, threshold: int, chosen: int | None, record: Record
+    task: TaskSetting,
+    rows: Iterable[tuple[Row, Where]],
+    tokenizer: Tokenizer,
+    threshold: int,
+    chosen: int | None,
+    record: Record,
 ) -> Iterator[tuple[str, Example]]:
     """Each row's examples, all of a row in the split that the row's hash chooses."""
     reader = Reader(tokenizer, task.max_tokens, task.labels, task.options)
-    for row, where in (found for span in spans for found in task.rows(span)):
+    for row, where in rows:
         with told(where):
             made = task.format.make(row, reader)
         if not made:

@@ -185,6 +185,7 @@ TASK = Task(
         texts=texts,
         kinds=("question_answering",),
         make=make,
+        share_texts=True,
     ),
     predict,
     reference,

@@ -27,6 +27,7 @@ from bigtfm.data.prepare import prepare
 from bigtfm.data.sources import Reading, find_sources, plan_units
 from bigtfm.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from bigtfm.data.train_tokenizer import train_sentencepiece
+from bigtfm.tasks.known import setting_of
 
 VOCABULARY = (
     "the people of this great union shall speak with one voice and that have to be heard in every valley"
@@ -371,7 +372,52 @@ def test_an_evaluation_set_is_kept_out(run: Callable[..., Path], tmp_path: Path,
     assert identity["contamination"]["files"] != [str(evaluation)]
 
 
+def test_rows_of_a_task_are_filtered_by_their_text(
+    run: Callable[..., Path], tmp_path: Path, model: Path
+) -> None:
+    """Whatever their labels; a row of few words goes if it is one of the evaluation set."""
+    said = [prose(seed) for seed in range(40)]
+    rows = [{"text": text, "label": "ab"[seed % 2]} for seed, text in enumerate(said)]
+    rows[20] = {"text": said[3], "label": "a"}
+    rows[30] = {"text": changed(said[4], 0.0125, 1), "label": "b"}
+    rows[35:37] = [{"text": "A good film!", "label": "a"}, {"text": "No good film.", "label": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text("".join(f'{{"text": "{text}"}}\n' for text in ("a good film", said[7][:200])))
+    setting = setting_of("classification", max_tokens=512)
+    made = {}
+    for unit_bytes in (2000, 1 << 20):
+        out = run(
+            [],
+            "[duplicates]",
+            f"{unit_bytes}",
+            task=setting,
+            exclude=[str(evaluation)],
+            unit_bytes=unit_bytes,
+        )
+        made[unit_bytes] = texts(out)
+    gone = {7, 20, 30, 35}
+    assert made[2000] == made[1 << 20] == sorted(row["text"] for n, row in enumerate(rows) if n not in gone)
+    report = json.loads((out / "filters.json").read_text())
+    assert {name: found["documents"] for name, found in report["dropped"].items()} == {
+        "contamination": 2, "exact duplicate": 1, "near duplicate": 1
+    }  # fmt: skip
+
+
 # --- mistakes, one line each
+
+
+@pytest.mark.parametrize(
+    ("task", "toml", "line"),
+    [
+        ("question_answering", "[duplicates]", "near duplicates. Fix: set near = 0"),
+        ("relation_extraction", "[duplicates]", "near duplicates. Fix: set near = 0"),
+        ("tagging", "[mask]", "would be wrong. Fix: leave \\[mask\\] out"),
+    ],
+)
+def test_filters_that_would_spoil_rows(run: Callable[..., Path], task: str, toml: str, line: str) -> None:
+    with pytest.raises(ConfigProblem, match=line):
+        run([prose(0)], toml, task=setting_of(task))
 
 
 @pytest.mark.parametrize(
@@ -413,4 +459,4 @@ def test_a_library_that_is_not_there(run: Callable[..., Path], monkeypatch: pyte
 def test_bytes_that_are_no_text_come_through() -> None:
     wanted = filters_module.Filters(mask=filters_module.Mask())
     document = b"\xff\xfe joe@example.com \xed\xa0\x80"
-    assert Judge(wanted, READING).clean(document) == b"\xff\xfe <email> \xed\xa0\x80"
+    assert Judge(Filtering(Path(), wanted, READING)).clean(document) == b"\xff\xfe <email> \xed\xa0\x80"

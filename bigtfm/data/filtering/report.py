@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bigtfm.config.problems import DataProblem
-from bigtfm.data.documents import read_documents
 from bigtfm.data.filtering.duplicates import compared, places
 from bigtfm.data.filtering.units import (
     EXACT,
@@ -101,17 +100,12 @@ def _text(filtering: Filtering, units: Sequence[Unit], document: int) -> str:
     """The beginning of a document, read from the input."""
     _, offsets, _ = compared(filtering)
     number, place = places(filtering, offsets, document)
-    for at, text in enumerate(_documents(units[number], filtering)):
+    for at, text in enumerate(text for span in units[number] for text in filtering.documents(span)):
         if at == place:
             return snippet(text)
     raise DataProblem(
         "the input has changed meanwhile", where=f"unit {number}", fix="run the same command again"
     )
-
-
-def _documents(unit: Unit, filtering: Filtering) -> Iterator[bytes]:
-    for span in unit:
-        yield from read_documents(span, filtering.reading)
 
 
 def write(values: dict[str, Any], folder: Path) -> None:

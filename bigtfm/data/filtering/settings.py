@@ -26,6 +26,7 @@ from bigtfm.config.optional import library
 from bigtfm.config.problems import ConfigProblem, DataProblem, did_you_mean, shown
 from bigtfm.config.sections import Section
 from bigtfm.config.strict_toml import read_toml, validated
+from bigtfm.data.examples import TaskSetting
 
 Maskable = Literal["email", "ip", "phone", "card"]
 SHORTEST_NGRAM = 8  # words; Brown et al. 2020, appendix C
@@ -166,6 +167,24 @@ def load_filters(path: str | Path | None, exclude: Sequence[str], text_column: s
         if filters.duplicates.near:
             needed("rensa", "near duplicates")
     return filters
+
+
+def require_for_rows(filters: Filters, task: TaskSetting) -> None:
+    """Raises ConfigProblem where a filter would spoil the rows of a task."""
+    where = f"filters for --task {task.format.name}"
+    _require(
+        filters.mask is None,
+        "[mask] would change the text, and what the rows say of its words would be wrong",
+        where,
+        "leave [mask] out, or mask the rows before",
+    )
+    near = filters.duplicates is not None and filters.duplicates.near > 0
+    _require(
+        not (near and task.format.share_texts),
+        "rows that ask different things of one text would be near duplicates",
+        where,
+        "set near = 0 in [duplicates]: what is the same goes all the same",
+    )
 
 
 def _languages(section: Language, where: str) -> None:

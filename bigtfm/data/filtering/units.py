@@ -12,16 +12,17 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtfm.config.problems import DataProblem
 from bigtfm.data.documents import document_hash, read_documents
+from bigtfm.data.examples import TaskSetting
 from bigtfm.data.filtering.rules import Ngrams, broken_rule, masked, ngrams, words_of
 from bigtfm.data.filtering.settings import Filters, language_identifier, needed
 from bigtfm.data.sources import Reading, Span, Unit, find_sources, plan_units
@@ -34,6 +35,7 @@ REASONS = (
 EXACT, NEAR = "exact duplicate", "near duplicate"
 EXAMPLES, SNIPPET = 5, 400  # of each reason, in the report; characters of each
 _SEED = 1  # of the signatures
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,24 @@ class Filtering:
     folder: Path  # holds judged units, and what comparing them has found
     filters: Filters
     reading: Reading
+    task: TaskSetting | None = field(
+        default=None, compare=False
+    )  # whose rows are the documents, by their text
+
+    def documents(self, span: Span) -> Iterator[bytes]:
+        """The span's documents; of a task's rows what a tokenizer is trained on."""
+        return read_documents(span, self.reading) if self.task is None else self.task.texts(span)
+
+    def evaluation_texts(self) -> Iterator[str]:
+        """The texts that are to be kept out; those of a task's rows, whose labels need not be there."""
+        assert self.filters.contamination is not None
+        read = Reading(self.filters.text_column, self.reading.document_bytes, self.reading.unit_bytes)
+        for unit in plan_units(find_sources(self.filters.contamination.files), read):
+            for span in unit:
+                plain = self.task is None or span.kind.startswith("txt")
+                yield from map(
+                    decoded, read_documents(span, read) if plain else self.task.texts(span, all_optional=True)
+                )
 
 
 @dataclass(frozen=True)
@@ -101,12 +121,12 @@ def judge_unit(filtering: Filtering, number: int, spans: Unit) -> Judged:
 
 
 def _judge_all(filtering: Filtering, spans: Unit) -> tuple[Judged, dict[str, NDArray[Any]]]:
-    judge = _judge_of(filtering.filters, filtering.reading)
+    judge = _judge_of(filtering)
     verdicts, sizes, hashes, signatures = bytearray(), list[int](), list[int](), list[NDArray[Any]]()
     dropped: dict[str, tuple[int, int]] = {}
     examples: dict[str, list[tuple[int, str]]] = {}
     masks: Counter[str] = Counter()
-    for document in (document for span in spans for document in read_documents(span, filtering.reading)):
+    for document in (document for span in spans for document in filtering.documents(span)):
         found = judge(document)
         verdicts.append(found.verdict)
         sizes.append(len(document))
@@ -145,10 +165,16 @@ _EMPTY = _Found(EMPTY, Counter())
 class Judge:
     """Judges documents, as `Filters` say. Depends on nothing but the document."""
 
-    def __init__(self, filters: Filters, reading: Reading) -> None:
-        self._filters, near = filters, filters.duplicates is not None and filters.duplicates.near > 0
+    def __init__(self, filtering: Filtering) -> None:
+        self._filters = filters = filtering.filters
+        near = filters.duplicates is not None and filters.duplicates.near > 0
         self._identifier = language_identifier() if filters.language is not None else None
-        self._ngrams = _evaluation_ngrams(filters, reading) if filters.contamination is not None else None
+        self._ngrams, self._whole = None, set[str]()
+        if filters.contamination is not None:
+            texts = list(filtering.evaluation_texts())
+            self._ngrams = Ngrams(texts, filters.contamination.ngram)
+            if filtering.task is not None:  # rows may have few words
+                self._whole = {" ".join(words_of(text)) for text in texts}
         self._sign: Callable[[list[str]], NDArray[np.uint32]] | None = (
             _signer(filters.duplicates.permutations) if filters.duplicates is not None and near else None
         )
@@ -187,15 +213,15 @@ class Judge:
             language, _ = self._identifier.classify(text[: filters.language.characters])
             if language not in filters.language.keep:
                 return "language"
-        if self._ngrams is not None and self._ngrams.in_text(words):
+        if self._ngrams is not None and (self._ngrams.in_text(words) or " ".join(words) in self._whole):
             return "contamination"
         return None
 
 
 @lru_cache(maxsize=1)
-def _judge_of(filters: Filters, reading: Reading) -> Judge:
+def _judge_of(filtering: Filtering) -> Judge:
     """A process loads models and evaluation sets once."""
-    return Judge(filters, reading)
+    return Judge(filtering)
 
 
 def _signer(permutations: int) -> Callable[[list[str]], NDArray[np.uint32]]:
@@ -209,16 +235,8 @@ def _signer(permutations: int) -> Callable[[list[str]], NDArray[np.uint32]]:
     return sign
 
 
-def _evaluation_ngrams(filters: Filters, reading: Reading) -> Ngrams:
-    assert filters.contamination is not None
-    read = Reading(filters.text_column, reading.document_bytes, reading.unit_bytes)
-    units = plan_units(find_sources(filters.contamination.files), read)
-    texts = (decoded(document) for unit in units for span in unit for document in read_documents(span, read))
-    return Ngrams(texts, filters.contamination.ngram)
-
-
-def kept_documents(filtering: Filtering, number: int, documents: Iterable[bytes]) -> Iterator[bytes]:
-    """Of a unit's documents those that stay, masked.
+def kept(filtering: Filtering, number: int, documents: Iterable[D]) -> Iterator[tuple[D, bool]]:
+    """Of a unit's documents, or what stands for them, those that stay, and whether something is to be masked.
 
     Raises:
         DataProblem: they are not those that were judged.
@@ -230,12 +248,17 @@ def kept_documents(filtering: Filtering, number: int, documents: Iterable[bytes]
         if seen > len(verdicts):
             break
         verdict = verdicts[seen - 1]
-        if (verdict > MASKED and verdict != EMPTY) or dropped[seen - 1]:
-            continue
-        yield mask(filtering.filters, document) if verdict == MASKED else document
+        if not ((verdict > MASKED and verdict != EMPTY) or dropped[seen - 1]):
+            yield document, verdict == MASKED
     if seen != len(verdicts):
         fix = "run the same command again"
         raise DataProblem("the input has changed meanwhile", where=f"unit {number}", fix=fix)
+
+
+def kept_documents(filtering: Filtering, number: int, documents: Iterable[bytes]) -> Iterator[bytes]:
+    """Of a unit's documents those that stay, masked."""
+    for document, to_mask in kept(filtering, number, documents):
+        yield mask(filtering.filters, document) if to_mask else document
 
 
 def duplicates_of(filtering: Filtering, number: int, verdicts: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -264,8 +287,8 @@ def decoded(document: bytes) -> str:
 
 def cleaned_documents(filtering: Filtering, span: Span) -> Iterator[bytes]:
     """A span's documents for a tokenizer's training: as they are tokenised, but for what comparing finds."""
-    judge = _judge_of(filtering.filters, filtering.reading)
-    for document in read_documents(span, filtering.reading):
+    judge = _judge_of(filtering)
+    for document in filtering.documents(span):
         cleaned = judge.clean(document)
         if cleaned is not None:
             yield cleaned
