@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import DataSection, DistillSection, ModelSection, ObjectiveSection, TuneSection
-from bigtfm.data.indexed import TokenDataset
+from bigtfm.data.indexed import TaskHeader, TokenDataset
 from bigtfm.data.special import SpecialIds, special_ids
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.engine import checkpoint, checksums, loading
@@ -242,6 +242,23 @@ def saved_run(run_dir: Path, step: int | None = None, best: bool = False) -> Sav
             fix="put the one of the run's data set back",
         )
     return SavedRun(found, run, vocab_size, tokenizer)
+
+
+def saved_task(run_dir: Path) -> TaskHeader | None:
+    """What the run's examples are; None: it has learnt text.
+
+    Raises:
+        DataProblem: the file that says so is damaged.
+    """
+    path = run_dir / TASK
+    try:
+        return TaskHeader.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError as error:
+        raise DataProblem(
+            f"damaged: {error.errors()[0]['msg']}",
+            where=str(path),
+            fix="start the training again: it writes it",
+        ) from None
 
 
 def stated_by(run_dir: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from bigtfm.config.problems import ConfigProblem, shown
-from bigtfm.config.sections import ModelSection
-from bigtfm.huggingface.mapping import Architecture, Config, Key
+from bigtfm.config.sections import HEADED, ModelSection
+from bigtfm.huggingface.mapping import Architecture, Config, Head, Key
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -47,6 +47,10 @@ def _flag(config: Config, name: str, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise _problem(f"{name} {shown(value)} can't be converted", "it must be true or false")
     return value
+
+
+def _classes(module: str) -> dict[str, str]:
+    return {"task_head.classifier": module}
 
 
 # --- decoders -----------------------------------------------------------------------------------------------
@@ -95,6 +99,12 @@ GPT2 = Architecture(
         "embd_pdrop": section.dropout,
     },
     transposed=True,  # its Conv1D computes x W
+    heads={
+        "classification": Head(
+            "GPT2ForSequenceClassification", _classes("score"), folded="decoder.norm.bias"
+        ),
+        "tagging": Head("GPT2ForTokenClassification", _classes("classifier")),
+    },
     ignored=r"\.attn\.(masked_)?bias$",  # the causal mask
 )
 
@@ -127,6 +137,14 @@ _LLAMA_KEYS = {
     "init_std": Key("initializer_range", 0.02),
 }
 _LLAMA_FIXED = {"family": "gpt", "positions": "rotary", "norm": "rmsnorm"}
+
+
+def _llama_heads(name: str) -> dict[str, Head | str]:
+    return {
+        "classification": f"{name}ForSequenceClassification's classes have no bias, and no norm before "
+        "them has one that could take it",
+        "tagging": Head(f"{name}ForTokenClassification", _classes("score")),
+    }
 
 
 def _rotary(config: Config) -> Config:
@@ -195,6 +213,7 @@ LLAMA = Architecture(
     prefix="model.",
     tensors=_LLAMA_TENSORS,
     keys=_LLAMA_KEYS,
+    heads=_llama_heads("Llama"),
     fixed=_LLAMA_FIXED,
     read=lambda config, _: {**_rotary(config), **_llama_bias(config)},
     # Queries' biases alone are Qwen2's, but its tokenizer would come with it (docs/huggingface.md).
@@ -214,6 +233,7 @@ MISTRAL = Architecture(
     prefix="model.",
     tensors=_LLAMA_TENSORS,
     keys=_LLAMA_KEYS | {"num_kv_heads": Key("num_key_value_heads", 8)},
+    heads=_llama_heads("Mistral"),
     fixed=_LLAMA_FIXED,
     read=lambda config, _: {
         **_rotary(config),
@@ -251,6 +271,7 @@ QWEN2 = Architecture(
     prefix="model.",
     tensors=_LLAMA_TENSORS,
     keys=_LLAMA_KEYS,
+    heads=_llama_heads("Qwen2"),
     fixed=_LLAMA_FIXED | {"qkv_bias": True},
     read=lambda config, _: {**_rotary(config), **_qwen2_windows(config)},
     write=lambda section, _: {
@@ -320,6 +341,15 @@ _BERT_FIXED = {
 _BERT_REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
+def _bert_heads(name: str, pooler: str, classes: str) -> dict[str, Head | str]:
+    pooled = {"task_head.pooler": pooler, **_classes(classes)}
+    return {
+        "classification": Head(f"{name}ForSequenceClassification", pooled),
+        "tagging": Head(f"{name}ForTokenClassification", _classes("classifier")),
+        "question_answering": Head(f"{name}ForQuestionAnswering", {"task_head.borders": "qa_outputs"}),
+    }
+
+
 def _has_pooler(tensors: Collection[str]) -> bool:
     return any(name.endswith("pooler.dense.weight") for name in tensors)
 
@@ -352,6 +382,7 @@ BERT = Architecture(
         "type_vocab_size": section.token_types or 2,
         **({"architectures": ["BertForPreTraining"]} if section.next_sentence else {}),
     },
+    heads=_bert_heads("Bert", "bert.pooler.dense", "classifier"),
     aliases={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     dropped=r"pooler\.dense\.",
 )
@@ -387,6 +418,7 @@ ROBERTA = Architecture(
         "type_vocab_size": section.token_types or 1,
     },
     position_offset=_roberta_offset,
+    heads=_bert_heads("Roberta", "classifier.dense", "classifier.out_proj"),
     aliases={"lm_head.decoder.bias": "lm_head.bias"},
     dropped=r"pooler\.dense\.",
 )
@@ -465,6 +497,7 @@ MODERNBERT = Architecture(
     },
     fixed={"family": "bert", "positions": "rotary", "norm": "layernorm", "embedding_norm": True},
     required={"classifier_activation": "gelu"},  # of the masked-token head
+    heads=dict.fromkeys(HEADED, "ModernBert's classes read a layer with a norm (ModernBertPredictionHead)"),
     read=_modernbert_read,
     write=lambda section, _: {
         "global_rope_theta": section.rotary_base,

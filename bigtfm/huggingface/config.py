@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
 from bigtfm.config.sections import ModelSection
 from bigtfm.huggingface.architectures import ARCHITECTURES
-from bigtfm.huggingface.mapping import Architecture, Config, Key
+from bigtfm.huggingface.mapping import Architecture, Config, Head, Key
 from bigtfm.run_directory import finding
 
 # What our model has less than the architecture is written as zeros: the function stays the same.
@@ -60,11 +61,29 @@ def architecture_named(name: str) -> Architecture:
         ConfigProblem: there is none.
     """
     for architecture in ARCHITECTURES.values():
-        if name == architecture.model_type or name in architecture.classes:
+        heads = [head.name for head in architecture.heads.values() if isinstance(head, Head)]
+        if name in (architecture.model_type, *architecture.classes, *heads):
             return architecture
     raise ConfigProblem(
         f"unknown architecture {shown(name)}", where="--architecture", fix=did_you_mean(name, ARCHITECTURES)
     )
+
+
+def headed(architecture: Architecture, kind: str) -> tuple[Architecture, Head]:
+    """The architecture with its head for an objective, whose class is the first.
+
+    Raises:
+        ConfigProblem: it has none that computes the same.
+    """
+    head = architecture.heads.get(kind, f"{architecture.model_type} has no such class")
+    if isinstance(head, str):
+        raise ConfigProblem(
+            f"a head of {kind} can't be written: {head}",
+            where="export-hf",
+            fix="use it with bigtfm predict, or write its weights with bigtfm export",
+        )
+    tensors = {**architecture.tensors, **{ours: (theirs,) for ours, theirs in head.tensors.items()}}
+    return replace(architecture, classes=(head.name, *architecture.classes), tensors=tensors), head
 
 
 def to_model_section(config: Config, tensors: Collection[str] = ()) -> ModelSection:
@@ -144,7 +163,8 @@ def expressed(section: ModelSection, config: Config) -> ModelSection:
         tensors.add("lm_head.weight")
     if section.next_sentence:
         tensors.add("pooler.dense.weight")
-    return to_model_section(config, tensors)
+    found = to_model_section({**config, "architectures": []}, tensors)
+    return found.model_copy(update={"num_labels": section.num_labels})
 
 
 def misfits(section: ModelSection, architecture: Architecture) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem
-from bigtfm.config.sections import ModelSection
+from bigtfm.config.sections import ModelSection, ObjectiveSection
 from bigtfm.engine import loading
 from bigtfm.huggingface.mapping import Shape
 from bigtfm.huggingface.parity import require_parity
@@ -30,7 +30,13 @@ ORIGIN = "imported.json"  # beside the original config.json: which tokenizer bel
 
 
 def compared(
-    saved: Path, section: ModelSection, vocab_size: int, folder: Path, name: str, wanted: bool
+    saved: Path,
+    section: ModelSection,
+    vocab_size: int,
+    folder: Path,
+    name: str,
+    wanted: bool,
+    objective: ObjectiveSection | None = None,
 ) -> str:
     """What came of comparing a checkpoint with the class `name` of transformers in `folder`.
 
@@ -43,7 +49,7 @@ def compared(
         return "no: transformers is not installed (pip install 'bigtfm[hf]')"
     from transformers import __version__
 
-    model = make_model(section, vocab_size)
+    model = make_model(section, vocab_size, objective=objective)
     loading.load_weights(saved, model)
     return f"with {name} of transformers {__version__}: {require_parity(model.eval(), folder, name)}"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtfm.config.sections import ModelSection, Objective
+from bigtfm.config.sections import ModelSection, Objective, ObjectiveSection
 from bigtfm.model.families import make_model
 
 Shape = tuple[int, ...]
@@ -34,6 +34,19 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Head:
+    """A class of `transformers` whose head computes what a task's head of ours does.
+
+    folded: our parameter that takes the bias of our classes, where theirs have none. W (x + d) = W x + b for
+    d = pinv(W) b, and a norm's bias is added to what the classes read.
+    """
+
+    name: str
+    tensors: Mapping[str, str]  # our module -> theirs
+    folded: str = ""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One model type of `transformers`: its tensors by our names, and its config by our fields."""
 
@@ -44,6 +57,7 @@ class Architecture:
     keys: Mapping[str, Key]  # our field -> their key
     fixed: Mapping[str, Any]  # our fields that no key decides
     objective: Objective | None = None  # what it was trained on, where that is not its family's first
+    heads: Mapping[str, Head | str] = field(default_factory=dict)  # of an objective; or why there is none
     required: Mapping[str, Any] = field(default_factory=dict)  # their key -> the only value that we can do
     read: Callable[[Config, Collection[str]], Config] = lambda config, tensors: {}  # what no table can say
     write: Callable[[ModelSection, Config], Config] = lambda section, config: {}
@@ -131,8 +145,10 @@ def _resized(ours: Tensor, tokens: int, rows: int) -> Tensor:
     return out
 
 
-def parameter_shapes(section: ModelSection, vocab_size: int) -> dict[str, Shape]:
-    """Our parameters' names and shapes, in order; nothing is allocated."""
+def parameter_shapes(
+    section: ModelSection, vocab_size: int, objective: ObjectiveSection | None = None
+) -> dict[str, Shape]:
+    """Our parameters' names and shapes, in order; nothing is allocated. objective: which head."""
     with torch.device("meta"):
-        model = make_model(section, vocab_size)
+        model = make_model(section, vocab_size, objective=objective)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

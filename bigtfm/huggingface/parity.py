@@ -88,11 +88,13 @@ def measure(model: LanguageModel, folder: Path, name: str) -> Parity:
     longest = min(LONGEST, model.config.max_seq_len)
     vocab_size = min(model.vocab_size, config["vocab_size"])
     # No padding token stands in the texts: RoBERTa's positions skip it.
-    ids = torch.tensor([i for i in range(vocab_size) if i != config.get("pad_token_id")])
-    read = _probe((longest, longest // 3 + 1, min(7, longest), 1), ids, seed=0)
+    padding = config.get("pad_token_id")
+    padding = padding if padding in range(vocab_size) else None
+    ids = torch.tensor([i for i in range(vocab_size) if i != padding])
+    read = _probe((longest, longest // 3 + 1, min(7, longest), 1), ids, padding, seed=0)
     written = None
     if isinstance(model, EncoderDecoder) and not name.endswith("EncoderModel"):
-        written = _probe((min(5, longest), longest, 1, longest // 2 + 1), ids, seed=1)
+        written = _probe((min(5, longest), longest, 1, longest // 2 + 1), ids, padding, seed=1)
     with _theirs(folder):
         theirs = _their_outputs(_load(name, folder), read, written, types=model.config.token_types > 1)
     ours = _our_outputs(model, read, written)
@@ -120,14 +122,15 @@ def _theirs(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _probe(lengths: tuple[int, ...], ids: Tensor, seed: int) -> Probe:
-    """Random texts of these lengths."""
+def _probe(lengths: tuple[int, ...], ids: Tensor, padding: int | None, seed: int) -> Probe:
+    """Random texts of these lengths; padding: what stands behind the shorter ones, None: any token."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.arange(max(lengths))
     ends = torch.tensor(lengths)[:, None]
     mask = places < ends  # [N, S]
     drawn = ids[torch.randint(len(ids), mask.shape, generator=generator)]
-    return Probe(lengths, torch.where(mask, drawn, ids[0]), (2 * places >= ends).long(), mask)
+    behind = ids[0] if padding is None else torch.tensor(padding)
+    return Probe(lengths, torch.where(mask, drawn, behind), (2 * places >= ends).long(), mask)
 
 
 def _load(name: str, folder: Path) -> Any:
@@ -153,14 +156,21 @@ def _load(name: str, folder: Path) -> Any:
 
 
 def _their_outputs(model: Any, read: Probe, written: Probe | None, *, types: bool) -> dict[str, Tensor]:
-    """Their outputs by their names, [T, ...] without the padding; of sentence pairs [N, 2]."""
+    """Their outputs by their names, [T, ...] without the padding; of whole texts and of pairs [N, ...]."""
     inputs = {"input_ids": read.input_ids, "attention_mask": read.mask.long()}
     if types:
         inputs["token_type_ids"] = read.token_types
     if written is not None:
         inputs |= {"decoder_input_ids": written.input_ids, "decoder_attention_mask": written.mask.long()}
+    if model.config.pad_token_id is None and type(model).__name__.endswith("ForSequenceClassification"):
+        texts = zip(read.input_ids, read.lengths, strict=True)  # it reads one at a time
+        return {"logits": torch.cat([model(ids[None, :length])["logits"] for ids, length in texts])}
     outputs = model(**inputs)
     mask = (written or read).mask
+    if "start_logits" in outputs:
+        return {"logits": torch.stack([outputs["start_logits"], outputs["end_logits"]], -1)[mask]}
+    if (logits := outputs.get("logits")) is not None and logits.dim() == 2:  # of whole texts
+        return {"logits": logits}
     found = {name: outputs[name][mask] for name in _OUTPUTS if name in outputs}
     if "seq_relationship_logits" in outputs:
         found["seq_relationship_logits"] = outputs["seq_relationship_logits"]
@@ -175,6 +185,8 @@ def _our_outputs(model: LanguageModel, read: Probe, written: Probe | None) -> di
     if isinstance(model, BERT):
         types = read.token_types[read.mask] if model.config.token_types > 1 else None
         x = model.hidden(*read.packed, token_type_ids=types)
+        if model.task_head is not None:
+            return {"logits": _task_logits(model, x, read)}
         logits = model.vocabulary(x)
         outputs = {"last_hidden_state": x, "logits": logits, "prediction_logits": logits}
         if model.next_sentence is not None:
@@ -182,8 +194,20 @@ def _our_outputs(model: LanguageModel, read: Probe, written: Probe | None) -> di
         return outputs
     if isinstance(model, GPT):
         x = model.hidden(*read.packed)
+        if model.task_head is not None:
+            return {"logits": _task_logits(model, x, read)}
     else:
         assert isinstance(model, EncoderDecoder)
         memory = model.encode(*read.packed)
         x = memory.features if written is None else model.hidden(*written.packed, memory=memory)
     return {"last_hidden_state": x, "logits": model.project(x)}
+
+
+def _task_logits(model: LanguageModel, x: Tensor, read: Probe) -> Tensor:
+    """[N, L] where texts are classified, else [T, L] of each token; x [T, C]."""
+    assert model.task_head is not None
+    if model.objective.kind == "classification":
+        ends = read.packed[2].cu_seqlens.long()
+        x = x[ends[1:] - 1 if isinstance(model, GPT) else ends[:-1]]
+    logits: Tensor = model.task_head(x)
+    return logits

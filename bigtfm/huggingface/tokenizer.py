@@ -80,12 +80,19 @@ def _read(folder: Path, model_type: str) -> tuple[Tokenizer | None, str]:
 
 
 def hf_files(
-    tokenizer: Tokenizer, added: Mapping[int, str], *, closes: bool, token_types: bool = False
+    tokenizer: Tokenizer,
+    added: Mapping[int, str],
+    *,
+    closes: bool,
+    token_types: bool = False,
+    pads: bool = True,
+    longest: int | None = None,
 ) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json, as AutoTokenizer loads them.
 
     added: ids behind the tokenizer's vocabulary, and their names. closes: EOS follows a text; BOS leads it
-    anyway. token_types: the model tells sentence A from B.
+    anyway. token_types: the model tells sentence A from B. pads: whether a token may pad. longest: tokens of
+    a task's example, around which stands what ours have, whatever the tokenizer's own file says.
 
     Raises:
         DataProblem: the tokenizer can't be converted exactly.
@@ -96,17 +103,18 @@ def hf_files(
     if isinstance(tokenizer, SentencePieceTokenizer):
         fast = from_sentencepiece(tokenizer.files["tokenizer.model"])
         _require_same_ids(fast, tokenizer)
-        bos, eos = ((fast.id_to_token(i), i) for i in (tokenizer.bos_id, tokenizer.eos_id))
-        fast.post_processor = _template(bos, eos, closes)
     else:
         fast = FastTokenizer.from_buffer(tokenizer.files["tokenizer.json"])
+    if isinstance(tokenizer, SentencePieceTokenizer) or longest is not None:
+        bos, eos = ((fast.id_to_token(i), i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+        fast.post_processor = _template(bos, eos, closes)
     for i, name in sorted(added.items()):  # a blank before a mask belongs to what it stands for
         fast.add_special_tokens([AddedToken(name, special=True, normalized=False, lstrip=True)])
         assert fast.token_to_id(name) == i, "added ids follow the vocabulary without a gap"
     names = {
         "bos_token": tokenizer.bos_id,
         "eos_token": tokenizer.eos_id,
-        "pad_token": pad_id(tokenizer),
+        "pad_token": pad_id(tokenizer) if pads else None,
         "unk_token": _first(tokenizer, UNKNOWN_NAMES),
         "mask_token": next((i for name in MASK_NAMES if (i := fast.token_to_id(name)) is not None), None),
     }
@@ -114,6 +122,7 @@ def hf_files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
+        **({"model_max_length": longest} if longest is not None else {}),
         **{name: fast.id_to_token(i) for name, i in names.items() if i is not None},
     }
     return {

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 
 from bigtfm.config.launch import Launch
 from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
@@ -22,7 +21,7 @@ from bigtfm.data.sources import Reading, Span, find_sources, plan_units
 from bigtfm.data.special import SpecialIds
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.model.heads import LanguageModel
-from bigtfm.run_directory import TASK, open_run
+from bigtfm.run_directory import open_run, saved_task
 from bigtfm.tasks import language_modelling, likelihood, masked
 from bigtfm.tasks.known import setting_of, task_of
 from bigtfm.tasks.likelihood import Foretold
@@ -82,23 +81,6 @@ def render(found: Evaluation) -> Table:
         low, high = found.intervals.get(name, (value, value))
         table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{found.baseline[name]:.4g}")
     return table
-
-
-def saved_task(run_dir: Path) -> TaskHeader | None:
-    """What the run's examples are; None: it has learnt text.
-
-    Raises:
-        DataProblem: the file that says so is damaged.
-    """
-    path = run_dir / TASK
-    try:
-        return TaskHeader.model_validate_json(path.read_bytes()) if path.is_file() else None
-    except ValidationError as error:
-        raise DataProblem(
-            f"damaged: {error.errors()[0]['msg']}",
-            where=str(path),
-            fix="start the training again: it writes it",
-        ) from None
 
 
 def evaluate(

@@ -8,9 +8,9 @@ from pathlib import Path
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.generation.sampling import generate
 from bigtfm.model.gpt import GPT
-from bigtfm.run_directory import open_run
+from bigtfm.run_directory import open_run, saved_task
 from bigtfm.tasks.chat import Turn, prompt, shown
-from bigtfm.tasks.evaluate import reader_of, saved_task
+from bigtfm.tasks.evaluate import reader_of
 
 
 def talk(

@@ -76,6 +76,6 @@ def test_a_damaged_task(run: Path, tmp_path: Path) -> None:
         path.write_text(whole)
 
 
-def test_its_head_is_not_exported(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigProblem, match="the head of classification"):
+def test_its_shape_is_none_of_transformers(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigProblem, match="no Hugging Face architecture has this shape"):
         export_hf(run, tmp_path / "hf")
