@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from bigtfm.config.problems import ConfigProblem, NoCheckpoint, NumericsProblem
 from bigtfm.engine import checkpoint, weights
+from bigtfm.whole_files import whole_file
 
 TRIES = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +75,7 @@ def _last_change(run_dir: Path) -> int:
 
 def _write(folder: Path, out: Path, dtype: str) -> str:
     shapes, metadata = weights.weight_shapes(folder), _metadata(folder)
-    with _made_whole(out) as building:
+    with whole_file(out) as building:
         tensors = _fitting(weights.read_weights(folder, shapes), DTYPES[dtype], folder)
         weights.write_safetensors(building, shapes, tensors, DTYPES[dtype], metadata)
     return f"{out}: {len(shapes)} tensors, {out.stat().st_size:,} bytes of {dtype}, step {metadata['step']}"
@@ -142,27 +141,3 @@ def _fitting(
                 fix="pass --dtype bf16 or fp32",
             )
         yield name, tensor
-
-
-@contextmanager
-def _made_whole(out: Path) -> Iterator[Path]:
-    """A hidden file beside `out`, which takes its place once it is on the disk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".building-{out.name}-", dir=out.parent)
-    building = Path(name)
-    try:
-        os.close(handle)
-        yield building
-        with building.open("rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        building.chmod(0o666 & ~mask)  # mkstemp's file is its owner's alone
-        building.replace(out)
-    except OSError as error:
-        if error.filename in (None, name):  # a write that finds no room names no file
-            error.filename = str(out)
-        raise
-    finally:
-        building.unlink(missing_ok=True)
-    checkpoint.flush_directory(out.parent)

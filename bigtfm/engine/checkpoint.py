@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from bigtfm.config.problems import NoCheckpoint, say
 from bigtfm.engine import fragments, storage
 from bigtfm.sealed import seal, unseal
+from bigtfm.whole_files import flush_directory
 
 if TYPE_CHECKING:
     from bigtfm.engine.distributed import Ranks
@@ -175,15 +176,6 @@ def flush_and_hash(path: Path) -> dict[str, Any]:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def flush_directory(path: Path) -> None:
-    """Brings to the disk which files a folder has."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def defect(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:

@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from bigtfm.config.problems import ConfigProblem
+from bigtfm.engine.weights import write_safetensors
 from bigtfm.inspection import pictures
 from bigtfm.inspection.page import page
 from bigtfm.inspection.reading import read
 from bigtfm.inspection.report import Report, Selection, look, tensors
 from bigtfm.run_directory import open_run
+from bigtfm.whole_files import whole_file, write_whole
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,10 @@ def inspect(
     which = f", step {step}" if step is not None else ", its best checkpoint" if best else ""
     report = look(model, tokenizer, special, reading, selection, f"{run_dir}{which}")
     folder = out or run_dir / "inspect"
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = folder / "inspect.html"
-    shown.write_text(page(report), encoding="utf-8")
-    exact = folder / "maps.safetensors"
-    save_file(tensors(report), exact)
+    shown, exact, found = folder / "inspect.html", folder / "maps.safetensors", tensors(report)
+    write_whole(shown, page(report))
+    with whole_file(exact) as building:
+        write_safetensors(building, {name: tuple(found[name].shape) for name in found}, found.items())
     return Inspected(report, [shown, *pictures.draw_all(report, folder), exact])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bigtfm.inspection.report import Maps, Report
+from bigtfm.whole_files import whole_file
 
 _LABELLED = 48  # words along a side that can still be read
 _LENS_WORDS = 24  # words across the logit lens, above which only colours are drawn
@@ -34,7 +35,8 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
     paths = []
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130, facecolor="white")
+        with whole_file(paths[-1]) as building:
+            figure.savefig(building, format="png", dpi=130, facecolor="white")
     return paths
 
 

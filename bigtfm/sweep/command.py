@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bigtfm.bench.results import append
-from bigtfm.config.problems import ConfigProblem, Problem
+from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
 from bigtfm.mlflow_sender import read_json, write_json
 from bigtfm.resilience.claim import claim
 from bigtfm.resilience.outcome import FAILURE
@@ -113,7 +113,7 @@ def _came_of(study: Study, work: Work) -> tuple[int, str] | None:
     failure = read_json(folder / FAILURE)
     if failure:
         code = int(failure.get("exit_code", 1))
-        return None if code in STOPPED else (code, "")
+        return None if code in (*STOPPED, StorageProblem.exit_code) else (code, "")
     rows = read_metrics(folder / "metrics.jsonl")
     stopped_early = work[1] == 0 and (folder / "curve.png").exists()
     done = bool(rows) and (rows[-1]["step"] >= steps or stopped_early)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from bigtfm.mlflow_sender import read_json, write_json
 from bigtfm.resilience.outcome import FAILURE
 from bigtfm.sweep.ranks import Ranks, places
 from bigtfm.tracking import read_metrics, smoothed
+from bigtfm.whole_files import whole_file, write_whole
 
 RESULT, PICTURE = "lr-range.json", "lr-range.png"
 BELOW_EDGE = 3.0  # the suggested lr is this factor below the one from which on the loss first rose
@@ -120,7 +120,7 @@ def _write(
         if path.exists() and path.read_text(encoding="utf-8") != text:
             fix = "pass another --out, or remove the folder"
             raise ConfigProblem("the folder holds another run", where=str(out), fix=fix)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     config, deepspeed = texts
     return config, deepspeed
 
@@ -221,6 +221,5 @@ def _draw(points: Sequence[tuple[float, float]], found: Range) -> None:
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8)
-    drawing = Path(found.out) / f"{PICTURE}.tmp"
-    figure.savefig(drawing, format="png", dpi=110)
-    os.replace(drawing, Path(found.out) / PICTURE)
+    with whole_file(Path(found.out) / PICTURE) as building:
+        figure.savefig(building, format="png", dpi=110)

@@ -8,6 +8,7 @@ from typing import Any
 from bigtfm.sweep.report import Report
 from bigtfm.sweep.space import LOG_UNIFORM, Axis
 from bigtfm.tracking import iterate_metrics
+from bigtfm.whole_files import whole_file
 
 _REST, _FAR, _BEST, _FAILED, _GRID = "#b9c6d6", "#2f6db0", "#e08e2b", "#b03a2e", "#dddddd"
 _COLUMNS = 3
@@ -18,7 +19,8 @@ def draw(report: Report) -> list[str]:
     drawn = {"space.png": _space(report), "curves.png": _curves(report)}
     for name, figure in drawn.items():
         if figure is not None:
-            figure.savefig(report.study.out / name, dpi=110)
+            with whole_file(report.study.out / name) as building:
+                figure.savefig(building, format="png", dpi=110)
     return [name for name, figure in drawn.items() if figure is not None]
 
 

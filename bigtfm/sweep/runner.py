@@ -5,6 +5,7 @@ One JSON object a line in OUT/results.jsonl; what stands there already is not tr
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -16,8 +17,8 @@ from types import FrameType
 from typing import Protocol
 
 from bigtfm.bench.results import append, read_rows
-from bigtfm.config.problems import Interrupted, Problem, RequeueRequested
-from bigtfm.resilience.claim import claim
+from bigtfm.config.problems import ConfigProblem, Interrupted, Problem, RequeueRequested, StorageProblem
+from bigtfm.resilience.claim import alive, claim
 from bigtfm.resilience.signals import POLITE
 from bigtfm.sweep.halving import Work, due
 from bigtfm.sweep.ranks import Ranks, places
@@ -26,6 +27,8 @@ from bigtfm.sweep.trial import STOPPED, Row, Study, refusal
 RESULTS = "results.jsonl"
 _POLL = 0.1  # seconds
 _SAVING = 120.0  # seconds that trials have to save when the sweep is asked to stop
+_DYING = 60.0  # seconds that a trial which a killed sweep has left has to end
+_AGAIN = "start the same command again: it goes on"
 _STARTS = 3  # of a trial that somebody else stops again and again
 
 
@@ -56,9 +59,10 @@ def run_sweep(study: Study, jobs: int, start: Start = Ranks) -> Iterator[Row]:
     """Trains what is due, `jobs` trials at a time, and yields each row once it is on the disk.
 
     Raises:
-        ConfigProblem: another sweep is at work there, or a trial's metrics lack the one it is compared by.
+        ConfigProblem: another sweep, or a training that is none of its own, is at work there; or a trial's
+            metrics lack the one it is compared by.
         RequeueRequested, Interrupted: a signal asked to stop; the trials have saved.
-        StorageProblem: `out` can't be written.
+        StorageProblem: `out` can't be written, by the sweep or by a trial.
     """
     settings, last = study.sweep.settings, len(study.rungs) - 1
     spots = places(jobs, settings.ranks)
@@ -73,6 +77,8 @@ def run_sweep(study: Study, jobs: int, start: Start = Ranks) -> Iterator[Row]:
                     work = waiting.pop(0)
                     try:
                         study.lay_out(work)
+                    except StorageProblem:
+                        raise
                     except Problem as problem:
                         row = study.row(work, *_first(problem))
                         break
@@ -91,11 +97,15 @@ def run_sweep(study: Study, jobs: int, start: Start = Ranks) -> Iterator[Row]:
                     if code in STOPPED and starts[work] < _STARTS:
                         continue  # somebody has stopped it: it goes on from what it saved
                     row = study.row(work, code, seconds)
+                    if code == StorageProblem.exit_code:  # the disk's fault, not the point's
+                        raise StorageProblem(
+                            row["why"], where=str(study.out), fix=f"free space there, then {_AGAIN}"
+                        )
                 append(study.out / RESULTS, row)
                 results[work] = row["value"]
                 yield row
-            _save(running)
-            raise _stopped(study, signals[0])
+            _save(running, signals)
+            raise _stopped(study, running, signals[0])
         finally:
             for each in running.values():
                 each.ranks.kill()
@@ -108,6 +118,12 @@ def _first(problem: Problem) -> tuple[int, None, str]:
 
 def _started(study: Study, work: Work, place: int, spot: tuple[list[str], int], start: Start) -> _Running:
     folder, (gpus, threads) = study.folder(work[0]), spot
+    until = time.monotonic() + _DYING
+    while alive(folder, os.environ):
+        if time.monotonic() > until:
+            fix = f"wait until it has ended, then {_AGAIN}"
+            raise ConfigProblem("another training is at work here", where=str(folder), fix=fix)
+        time.sleep(_POLL)
     files = folder / "run.toml", folder / "deepspeed.json"
     ranks = start(*files, study.sweep.settings.ranks, folder / "logs", gpus, threads)
     return _Running(ranks, place, time.monotonic())
@@ -121,19 +137,26 @@ def _ended(running: dict[Work, _Running]) -> tuple[Work, int] | None:
     return None
 
 
-def _save(running: dict[Work, _Running]) -> None:
-    """Lets the trials save and stop; a second signal's or the time's end is the `finally` of the caller."""
+def _save(running: dict[Work, _Running], signals: list[int]) -> None:
+    """Lets the trials save and stop, until a second Ctrl-C or the time's end; the caller ends the rest."""
     until = time.monotonic() + _SAVING
     for each in running.values():
         each.ranks.stop()
     while any(each.ranks.poll() is None for each in running.values()) and time.monotonic() < until:
+        if signals.count(signal.SIGINT) > 1:
+            return
         time.sleep(_POLL)
 
 
-def _stopped(study: Study, number: int) -> RequeueRequested:
+def _stopped(study: Study, running: dict[Work, _Running], number: int) -> RequeueRequested:
     kind = Interrupted if number == signal.SIGINT else RequeueRequested
-    what = f"stopped by {signal.Signals(number).name}; the trials that ran have saved"
-    return kind(what, where=str(study.out), fix="start the same command again: it goes on")
+    saved = all(each.ranks.poll() in (0, *STOPPED) for each in running.values())
+    what = "the trials that ran have saved" if saved else "not every trial that ran has saved"
+    return kind(
+        f"stopped by {signal.Signals(number).name}; {what}",
+        where=str(study.out),
+        fix=_AGAIN,
+    )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from bigtfm.sweep import halving
 from bigtfm.sweep.halving import Work
 from bigtfm.sweep.space import HORIZON, Sweep
 from bigtfm.tracking import read_metrics
+from bigtfm.whole_files import write_whole
 
 Row = dict[str, Any]
 STOPPED = (75, 130)  # exit codes of a run that was asked to stop, and goes on when it is started again
@@ -98,10 +99,8 @@ class Study:
         ours += [f"run.dir={run_dir}", f"run.name={name}", f"run.steps={steps}"]
         run = load_run_config(Path(settings.config) if settings.config else None, ours)
         said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in point.items())
-        config.write_text(
-            to_toml(run, f"# Trial {trial} of {self.sweep.path.name}: {said}"), encoding="utf-8"
-        )
-        deepspeed.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_whole(config, to_toml(run, f"# Trial {trial} of {self.sweep.path.name}: {said}"))
+        write_whole(deepspeed, json.dumps(values, indent=2) + "\n")
         return config, deepspeed
 
     def row(self, work: Work, code: int, seconds: float | None = None, why: str = "") -> Row:
@@ -112,9 +111,7 @@ class Study:
         """
         trial, rung = work
         folder = self.folder(trial)
-        failure = read_json(folder / FAILURE)
-        if code and failure and not why:
-            why = f"{failure.get('where')}: {failure.get('what')}"
+        why = why or (why_ended(folder, code) if code else "")
         value, step = self._value(folder, required=code == 0)
         return {
             "trial": trial,
@@ -141,11 +138,25 @@ class Study:
         return None, rows[-1]["step"] if rows else 0
 
 
+def why_ended(folder: Path, code: int) -> str:
+    """What a trial that has failed says of it: failure.json, else its exit code, else its logs."""
+    failure = read_json(folder / FAILURE)
+    if failure:
+        return f"{failure.get('where')}: {failure.get('what')}"
+    if code > 128:
+        return f"killed by signal {code - 128}"
+    said = ""
+    for log in sorted((folder / "logs").glob("rank-*.log")):
+        for line in log.read_text("utf-8", "replace").splitlines():
+            said = line.partition("error: ")[2].partition(". Fix: ")[0] or said
+    return said or f"see {folder / 'logs'}"
+
+
 def status_of(code: int, why: str) -> str:
     """An exit code in a word."""
     if code and "out of memory" in why.lower():
         return "out of memory"
-    known = {0: "ok", 64: "refused", 65: "refused", 70: "diverged", 74: "storage", 79: "lost"}
+    known = {0: "ok", 64: "refused", 65: "refused", 70: "diverged", 79: "lost"}
     return known.get(code, "crashed")
 
 

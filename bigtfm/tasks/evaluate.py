@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ from bigtfm.tasks.known import setting_of, task_of
 from bigtfm.tasks.likelihood import Foretold
 from bigtfm.tasks.predictor import Predictor, Step
 from bigtfm.tasks.task import Scores, Task, interval
+from bigtfm.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,6 +103,8 @@ def evaluate(
     model, tokenizer, special = open_run(run_dir)
     model = model.to(ranks.device if ranks is not None else _device())
     header = saved_task(run_dir)
+    if predictions is not None and rank == 0:
+        _require_place(predictions, header)
     with progress_bar("evaluating", on=rank == 0) as step:
         predictor = _predictor(model, special, options, step)
         if header is None:
@@ -149,15 +154,33 @@ def _evaluation(
     return Evaluation(task, examples, metrics, baseline, baseline_is, intervals, without, predictions)
 
 
-def _write(path: Path, said: Sequence[Any], right: Sequence[Any]) -> None:
-    lines = (json.dumps({"predicted": a, "reference": b}) for a, b in zip(said, right, strict=True))
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        yield
     except OSError as error:
         raise StorageProblem(
             f"can't be written: {error.strerror}", where=str(path), fix="pass another --predictions"
         ) from None
+
+
+def _require_place(predictions: Path, header: TaskHeader | None) -> None:
+    """Raises where there will be no predictions, or no place for them: before the work begins."""
+    if header is None:
+        what, fix = "the run has learnt text, and predicts no rows", "leave --predictions out"
+        raise ConfigProblem(what, where="--predictions", fix=fix)
+    with _writing(predictions):
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        if predictions.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(predictions.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _write(path: Path, said: Sequence[Any], right: Sequence[Any]) -> None:
+    lines = (json.dumps({"predicted": a, "reference": b}) for a, b in zip(said, right, strict=True))
+    with _writing(path):
+        write_whole(path, "\n".join(lines) + "\n")
 
 
 def _device() -> str:
@@ -208,6 +231,8 @@ def predict(run_dir: Path, data: Sequence[str], options: Options) -> Iterator[An
         predictor = _predictor(model.to(_device()), special, options, step)
         setting = _setting(header, options)
         rows = [row for span in _spans(data) for row, _ in setting.rows(span, all_optional=True)]
+        if not rows:
+            raise DataProblem("no rows", where=", ".join(data), fix="check --data")
         with told(lambda: ", ".join(data)):
             found = task_of(header.name).predict(predictor, rows, reader_of(header, tokenizer))
     yield from found
@@ -238,6 +263,9 @@ def _on_rows(
     task = task_of(header.name)
     reader = reader_of(header, tokenizer)
     rows, right = _rows(task, _setting(header, options), reader, spans, rank, of)
+    if rows:
+        _, without = task.baseline
+        task.score(without(rows[:1]), right[:1])  # a library that it lacks is to be told before the work
     with told(lambda: "data"):
         said = task.predict(predictor, rows, reader)
     return list(zip(said, right, rows, _written(task, predictor, rows, reader), strict=True))

@@ -6,12 +6,15 @@ import csv
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,13 @@ from forked_trials import ForkedRanks
 
 from bigtfm.bench.results import read_rows
 from bigtfm.cli import app
-from bigtfm.config.problems import ConfigProblem, Problem, RequeueRequested
+from bigtfm.config.problems import ConfigProblem, Interrupted, Problem, RequeueRequested, StorageProblem
+from bigtfm.resilience.claim import Owner, alive
 from bigtfm.resilience.processes import process
 from bigtfm.sweep.command import next_trials, sweep
 from bigtfm.sweep.runner import RESULTS, run_sweep
 from bigtfm.sweep.space import load_sweep
-from bigtfm.sweep.trial import Study
+from bigtfm.sweep.trial import Study, why_ended
 
 Write = Callable[..., Path]
 SCHEDULE = {
@@ -242,6 +246,82 @@ def test_a_cluster_is_told_what_is_next(space: Write, tmp_path: Path) -> None:
     assert next_trials(file, out) == ""
     assert (out / "best.toml").is_file()
     assert [row["exit_code"] for row in rows_of(out).values() if row["value"] is None] == [70]
+
+
+class Ending:
+    """Trials that train nothing, and end with an exit code; None: only when they are killed."""
+
+    code: int | None = 0
+    ends: list[str] = []  # noqa: RUF012
+
+    def __init__(self, config: Path, deepspeed: Path, count: int, logs: Path, *more: Any) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "rank-0.log").write_text("bigtfm: error: out: No space left. Fix: free space")
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self) -> None:
+        self.ends.append("asked")
+
+    def kill(self) -> None:
+        self.ends.append("killed")
+
+
+def test_a_full_disk_is_no_result(space: Write, tmp_path: Path) -> None:
+    class Full(Ending):
+        code = 74
+
+    file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 2")
+    with pytest.raises(StorageProblem, match=r"No space left\. Fix: free space there, then start") as caught:
+        sweep(file, tmp_path / "out", start=Full)
+    assert caught.value.exit_code == 74
+    assert rows_of(tmp_path / "out") == {}
+
+
+def test_a_second_ctrl_c_does_not_wait_for_trials(space: Write, tmp_path: Path) -> None:
+    class Deaf(Ending):
+        ends: list[str] = []  # noqa: RUF012
+
+        def poll(self) -> int | None:
+            os.kill(os.getpid(), signal.SIGINT)
+            return None
+
+    file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 2")
+    with pytest.raises(Interrupted, match="stopped by SIGINT; not every trial that ran has saved"):
+        sweep(file, tmp_path / "out", start=Deaf)
+    assert Deaf.ends == ["asked", "killed"]
+
+
+def test_a_trial_that_a_killed_sweep_has_left_is_waited_for(space: Write, tmp_path: Path) -> None:
+    """Else it would hold the folder, and be called refused."""
+    out = tmp_path / "out"
+    with subprocess.Popen(["sleep", "0.5"]) as left:
+        (out / "trial-000").mkdir(parents=True)
+        owner = Owner(socket.gethostname(), left.pid, process(left.pid).started, "", None, "0")  # type: ignore[union-attr]
+        (out / "trial-000" / ".lock").write_text(json.dumps(asdict(owner)))
+
+        class Waiting(Ending):
+            code = 130
+
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
+                assert alive(out / "trial-000", {}) is False
+
+        file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 1\nsteps = 2")
+        threading.Thread(target=left.wait).start()
+        with pytest.raises(Problem, match="no trial has come to an end"):
+            sweep(file, out, start=Waiting)
+
+
+def test_why_a_trial_has_ended(tmp_path: Path) -> None:
+    assert why_ended(tmp_path, 137) == "killed by signal 9"
+    assert why_ended(tmp_path, 1) == f"see {tmp_path / 'logs'}"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0.log").write_text("x\nbigtfm: error: ds.json: wrong. Fix: it\n")
+    assert why_ended(tmp_path, 64) == "ds.json: wrong"
+    (tmp_path / "failure.json").write_text('{"where": "step 3", "what": "not finite"}')
+    assert why_ended(tmp_path, 70) == "step 3: not finite"
 
 
 def test_a_metric_that_is_not_there(space: Write, tmp_path: Path) -> None:
