@@ -572,6 +572,14 @@ def test_a_model_that_memory_can_not_hold_has_a_known_cause() -> None:
     assert problem.what.startswith("out of memory")
 
 
+def test_a_folder_that_a_full_disk_does_not_take_has_a_known_cause(tmp_path: Path) -> None:
+    error = shutil.Error([("tokenizer/a", "out/a", "[Errno 28] No space left on device")])
+    error.filename = str(tmp_path)  # as huggingface.convert.made_whole has it
+    problem = known_cause(error)
+    assert problem is not None
+    assert (problem.exit_code, problem.what) == (STORAGE, "[Errno 28] No space left on device")
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -110,6 +110,8 @@ def known_cause(error: Exception) -> Problem | None:
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError):
+        if error.args and isinstance(error.args[0], list):  # shutil.copytree's, a (from, to, why) each
+            said = str(error.args[0][0][-1])
         return StorageProblem(
             error.strerror or said,
             where=str(error.filename or "output"),

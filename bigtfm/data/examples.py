@@ -133,7 +133,7 @@ def text(row: Row, name: str) -> str:
     value = row.get(name)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
         raise Wrong(f"'{name}' is {_kind(value)}, not text", "correct or remove that row, or see --column")
     return str(value)
 
@@ -164,7 +164,7 @@ def items(row: Row, name: str) -> list[Any]:
 
 
 def _kind(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"
+    return "missing" if value is None or value != value else f"of type {type(value).__name__}"
 
 
 @contextmanager

@@ -318,6 +318,8 @@ def test_labels_may_have_commas_and_be_true_or_false(tokenizer: Tokenizer) -> No
     for wrong in ('"yes, but', "good", "a,,b", '"a"b,c'):
         with pytest.raises(ConfigProblem, match="--labels"):
             setting_of("classification", labels=wrong)
+    with pytest.raises(Wrong, match="'label' is missing"):  # as pandas writes what is not there
+        make("classification", {"text": "fine", "label": float("nan")}, tokenizer)
     [one] = make("classification", {"text": "fine", "label": True}, tokenizer, labels=("false", "true"))
     assert one.marks[0] == 2
 
