@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigtfm.config.launch import Launch
-from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
+from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem, counted
 from bigtfm.console import progress_bar
 from bigtfm.data.documents import Row, read_documents
 from bigtfm.data.examples import Reader, TaskSetting, told
@@ -75,7 +75,7 @@ def render(found: Evaluation) -> Table:
     """A table for people."""
     from rich.table import Table
 
-    table = Table(title=f"{found.task}, {found.examples:,} examples", caption=found.predictions)
+    table = Table(title=f"{found.task}, {counted(found.examples, 'example')}", caption=found.predictions)
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")

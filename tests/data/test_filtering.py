@@ -440,7 +440,11 @@ def test_filters_that_would_spoil_rows(run: Callable[..., Path], task: str, toml
         ('[mask]\nkinds = ["name"]', ConfigProblem, "kinds can't be"),
         ("[contamination]", ConfigProblem, "has no files"),
         ('[contamination]\nfiles = ["nope.jsonl"]', DataProblem, "nope.jsonl: can't be read: No such file"),
-        ('[language]\nkeep = ["fi"]', DataProblem, r"the filters drop all \d+ documents \(language 100%\)"),
+        (
+            '[language]\nkeep = ["fi"]',
+            DataProblem,
+            r"leave nothing of \d+ documents \(language 100%\)",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(run: Callable[..., Path], toml: str, kind: type[Problem], line: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtfm.config.problems import DataProblem
+from bigtfm.config.problems import DataProblem, counted
 from bigtfm.data.filtering.duplicates import compared, places
 from bigtfm.data.filtering.units import (
     EXACT,
@@ -65,7 +65,7 @@ def require_some(values: dict[str, Any]) -> None:
     most = sorted(values["dropped"].items(), key=lambda item: -item[1]["documents"])[:3]
     said = ", ".join(f"{name} {each['documents'] / values['documents']:.0%}" for name, each in most)
     raise DataProblem(
-        f"the filters drop all {values['documents']:,} documents ({said})",
+        f"the filters leave nothing of {counted(values['documents'], 'document')} ({said})",
         where="bigtfm prepare",
         fix="loosen the filter that took most, or see what --input holds",
     )
