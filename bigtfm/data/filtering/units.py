@@ -59,10 +59,10 @@ class Filtering:
         read = Reading(self.filters.text_column, self.reading.document_bytes, self.reading.unit_bytes)
         for unit in plan_units(find_sources(self.filters.contamination.files), read):
             for span in unit:
-                plain = self.task is None or span.kind.startswith("txt")
-                yield from map(
-                    decoded, read_documents(span, read) if plain else self.task.texts(span, all_optional=True)
-                )
+                if self.task is None or span.kind.startswith("txt"):
+                    yield from map(decoded, read_documents(span, read))
+                else:
+                    yield from map(decoded, self.task.texts(span, all_optional=True))
 
 
 @dataclass(frozen=True)
