@@ -3,7 +3,7 @@
 #   PYTHON=python3.12      the interpreter to use (default: the first of python3.13 3.12 3.11 python3 that fits)
 #   TORCH_VERSION=2.13.0   the torch to install: the CPU build on Linux without an NVIDIA GPU, else the default one
 #   STEPS=40               a shorter quickstart         RUN=name   a fresh run beside runs/quickstart
-#   N=200 SEED=2 OUT=folder  a longer campaign of kills, going on in the folder of an earlier one
+#   N=200 SEED=2 OUT=folder  a longer campaign of kills, going on in the folder of an earlier one (of benchmarks, too)
 #   ARGS="key=value ..."   more run config overrides for the quickstart, or more options for pytest
 
 SHELL := bash
@@ -191,13 +191,18 @@ $(VENV)/.peers: $(READY)
 	$(call phase,installing accelerate and litgpt to measure beside,$(PEERS),$(NO_PEERS))
 	@touch $@
 
+# In OUT, runs/bench unless it says otherwise, and going on with what stands there. KEEP=1: also into benchmarks/results.
 .PHONY: bench
-bench: setup $(VENV)/.peers ## the benchmarks that run on this machine
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: setup $(VENV)/.peers ## every row of docs/benchmarks.md that a CPU can measure: an hour, on an idle machine
+	@$(BIN)/bigtfm bench --matrix benchmarks/matrices/quick.toml --out $(or $(OUT),runs/bench)
+	@$(BIN)/python benchmarks/bench_peers.py --out $(or $(OUT),runs/bench) $(ARGS)
+	@$(BIN)/python benchmarks/bench_planner.py --out $(or $(OUT),runs/bench)
+	@$(BIN)/python benchmarks/goals.py $(or $(OUT),runs/bench) $(if $(KEEP),--keep)
 
-.PHONY: bench-peers
-bench-peers: setup $(VENV)/.peers ## bigtfm beside HF Trainer, DeepSpeed, litgpt and plain torch, in turns
-	@$(BIN)/python benchmarks/bench_peers.py $(ARGS)
+.PHONY: bench-parts
+bench-parts: setup ## the benchmarks of single parts: attention, loader, order, checkpoints, guards, tasks ...
+	@for file in $(filter-out %_peers.py %_planner.py,$(wildcard benchmarks/bench_*.py)); do \
+	  echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 .PHONY: clean
 clean: ## remove .venv and caches; runs, data and the MLflow store stay

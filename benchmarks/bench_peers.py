@@ -1,6 +1,6 @@
 """bigtfm beside what a user would run instead, and beside the fastest matrix product of the same cores.
 
-    python benchmarks/bench_peers.py [--json] [--turns 9] [--steps 3] [--threads 2] [--rows gpt-14m ...]
+    python benchmarks/bench_peers.py [--json] [--out FOLDER] [--turns 9] [--threads 2] [--rows gpt-14m ...]
 
 Every side (benchmarks/peers) is a process of its own with the same shape, tokens, batch, recipe and threads,
 in fp32 with AdamW and clipping. One trains while the others wait, a few steps each, in turns; the first turn
@@ -27,9 +27,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from goals import PEERS as FILE
 from peers.workload import WORKLOADS, Workload
 
-from bigtfm.bench.results import Spread
+from bigtfm.bench.results import Spread, read_rows, rewrite
 from bigtfm.bench.runner import environment_row
 from bigtfm.config.run import load_run_config
 from bigtfm.planner.throughput import flops_per_token
@@ -118,6 +119,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a row instead of a table")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for {FILE}; the rows that it has are not measured again"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--against", nargs="+", help="only these others")
     parser.add_argument("--turns", type=int, default=9)
@@ -125,13 +129,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     here = environment_row()
+    there = {row["row"] for row in read_rows(arguments.out / FILE)} if arguments.out else set()
     for name in arguments.rows:
+        if name in there:
+            continue
         pairs = [pair for pair in ROWS[name] if not arguments.against or pair.other in arguments.against]
         with tempfile.TemporaryDirectory(prefix="peers-") as folder:
             rows = measure(WORKLOADS[name], pairs, arguments, Path(folder))
         for row in rows:
             row |= {"threads": arguments.threads, **here}
             print(json.dumps(row) if arguments.json else shown(row), flush=True)
+        if arguments.out:
+            rewrite(arguments.out / FILE, [*read_rows(arguments.out / FILE), *rows])
 
 
 def measure(

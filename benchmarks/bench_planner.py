@@ -27,9 +27,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from goals import PLANNER, of_planner
+
 from bigtfm.bench.calibrate import MEASURE, fit_rows, setting_of_job, setting_of_row, sweep
 from bigtfm.bench.matrix import Cell, Matrix
-from bigtfm.bench.results import RESULTS, read_results, together
+from bigtfm.bench.results import RESULTS, read_results, read_rows, rewrite, together
 from bigtfm.bench.runner import environment_row, run_matrix
 from bigtfm.job import check_job
 from bigtfm.plan.job import FRAGMENTATION, runs_of
@@ -37,7 +39,6 @@ from bigtfm.planner.memory import plan_memory
 from bigtfm.planner.step_time import Rates, plan_step
 
 RANKS = 2
-GOALS = {"states": 0.01, "activations": 0.05, "peak": 0.05, "worst": 0.10, "seconds": 0.10}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3}}
 FIXED = (
     "steps=6", "track.mlflow=false", "eval.every=0", "eval.tokens=128", "save.every=0",
@@ -104,7 +105,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of tables")
-    parser.add_argument("--out", type=Path, help="folder for planner.jsonl, and to go on in")
+    parser.add_argument("--out", type=Path, help=f"folder for {PLANNER}; what it has is not measured again")
     parser.add_argument("--what", default="memory,time,search", help="comma-separated (default: all)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of a timed configuration (default 2)")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -115,20 +116,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.out or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        rows: list[Row] = []
+        about, path = environment_row(), folder / PLANNER
         for what in arguments.what.split(","):
-            made = {"memory": memory_rows, "time": time_rows, "search": search_rows}[what]
-            found = made(folder, arguments.repeats)
-            if not arguments.json:
-                show(what, found)
-            rows += found
-    about = environment_row()
-    lines = [json.dumps(row | about) for row in rows]
-    if arguments.out:
-        with (arguments.out / "planner.jsonl").open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-    if arguments.json:
-        print("\n".join(lines))
+            kept = read_rows(path)
+            rows = [row for row in kept if row["what"] == what]
+            if not rows:
+                made = {"memory": memory_rows, "time": time_rows, "search": search_rows}[what]
+                rows = [row | about for row in made(folder, arguments.repeats)]
+                rewrite(path, [*kept, *rows])
+            if arguments.json:
+                print("\n".join(map(json.dumps, rows)))
+            else:
+                show(what, rows)
 
 
 def data_sets(folder: Path) -> dict[str, Path]:
@@ -331,7 +330,7 @@ def show(what: str, rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=what, caption="\n".join(verdicts(what, rows)), caption_justify="left")
+    table = Table(title=what, caption="\n".join(map(str, of_planner(rows))), caption_justify="left")
     if what == "memory":
         for name in (
             "configuration",
@@ -361,31 +360,6 @@ def show(what: str, rows: list[Row]) -> None:
         for row in rows:
             table.add_row(row["name"], f"{row['share']:.1%}", f"{row['first_choice']:.1%}")
     Console(width=None if Console().is_terminal else 130).print(table)
-
-
-def verdicts(what: str, rows: list[Row]) -> list[str]:
-    """The goals, and whether they are reached."""
-    if what == "search":
-        return [f"goal: 95 % of the grid's best in a third of its trials: {_word(rows[0]['share'] >= 0.95)}"]
-    keys = ("states", "activations", "peak") if what == "memory" else ("seconds",)
-    found = []
-    for key in keys:
-        errors = [abs(row[f"{key}_error"]) for row in rows]
-        said = f"{key}: median {median(errors):.2%} (goal {GOALS[key]:.0%}), worst {max(errors):.2%}"
-        reached = median(errors) <= GOALS[key]
-        if key in ("activations", "peak"):
-            said, reached = f"{said} (goal {GOALS['worst']:.0%})", reached and max(errors) <= GOALS["worst"]
-        if key == "states":
-            reached = max(errors) <= GOALS["states"]
-        found.append(f"{said}: {_word(reached)}")
-    if what == "memory":
-        false = sum(row["false_fit"] for row in rows)
-        found.append(f'false "fits": {false} of {len(rows)} (goal 0): {_word(not false)}')
-    return found
-
-
-def _word(reached: bool) -> str:
-    return "reached" if reached else "MISSED"
 
 
 if __name__ == "__main__":

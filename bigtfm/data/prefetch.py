@@ -75,13 +75,19 @@ class Prefetcher:
         """
         now = [(start, count) for start in starts]
         later = [(start + turn * stride, count) for turn in range(1, self._ahead + 1) for start in starts]
-        wanted = dict.fromkeys(now + later)
-        for key in self._due.keys() - wanted:
+        for key in self._due.keys() - {*now, *later}:
             self._due.pop(key).cancel()
-        for key in wanted:
+        # What is there is taken before more is begun: a thread that begins holds the interpreter.
+        there = all(key in self._due and self._due[key].done() for key in now)
+        self._begin(now if there else now + later)
+        batches = [self._due.pop(key).result() for key in now]
+        self._begin(later)
+        return batches
+
+    def _begin(self, keys: list[tuple[int, int]]) -> None:
+        for key in keys:
             if key not in self._due:
                 self._due[key] = self._threads.submit(self._make, *key)
-        return [self._due.pop(key).result() for key in now]
 
     def forget(self) -> None:
         """Drops what was made ahead, and returns when nothing is being made: the next step is elsewhere."""
