@@ -22,7 +22,7 @@ from bigtfm.planner.step_time import Rates, Work, work_of
 MEASURE = Measure(warm_up=3, steps=8, memory=False, timeout_seconds=300)
 # Which kinds of work a part of the step is made of.
 PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("forward", "backward"): ("products", "attention", "traffic", "operations"),
+    ("forward", "backward"): ("products", "attention", "traffic", "logits", "operations", "gathered"),
     ("update",): ("update", "tensors"),
     ("collectives",): ("sent", "calls"),
     ("data", "record"): ("steps",),

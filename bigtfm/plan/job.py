@@ -244,7 +244,8 @@ def _cpu_rates(precision: str, ranks: int) -> Rates:
     traffic = (time.perf_counter() - began) / (copies * 8 * a.numel())
     product = ranks / peak.flops
     return Rates(
-        products=product / 0.8, attention=product / 0.3, traffic=ranks * traffic, operations=20e-6,
+        products=product / 0.8, attention=product / 0.3, traffic=ranks * traffic, logits=5e-9 * ranks,
+        operations=20e-6, gathered=1e-3,
         update=ranks * traffic, tensors=30e-6, sent=ranks * 4 * traffic, between_nodes=0.0, calls=1e-3,
         moved=0.0, swapped=1 / NVME_BANDWIDTH, steps=1e-3,
         source=f"{peak.source}, and a copy; all else is assumed", device="cpu", precision=precision, ranks=0,

@@ -1,7 +1,7 @@
 """How long a step takes: its work by kind, and how fast each kind of work is done (a roofline).
 
-    time = products / their rate + attention / its rate + other traffic / memory's rate + operations x latency
-           + update + communication
+    time = products / their rate + attention / its rate + other traffic / memory's rate + logits x exponential
+           + operations x latency + update + communication
 
 The rates are measured (`Rates.read`, a calibration that `bigtfm plan --calibrate` writes) or, where no
 such hardware is at hand, a data sheet's times efficiencies that are named below. Williams et al. 2009,
@@ -48,7 +48,9 @@ class Work:
     products: float  # FLOPs of matrix products, with what is recomputed
     attention: float  # FLOPs of attention scores and their use
     traffic: float  # bytes that all other operations read and write
+    logits: float  # of the loss over the vocabulary, each an exponential
     operations: float  # number of operations
+    gathered: float  # tensors that stage 3 brings together, by hooks on the host
     update: float  # bytes that the optimizer reads and writes
     tensors: float  # that the optimizer updates, one after the other
     sent: float  # bytes
@@ -66,7 +68,9 @@ class Rates:
     products: Annotated[Rate, Field(gt=0)]
     attention: Rate
     traffic: Rate
+    logits: Rate
     operations: Rate
+    gathered: Rate
     update: Rate
     tensors: Rate
     sent: Rate
@@ -149,8 +153,8 @@ def plan_step(setting: Setting, rates: Rates, gpus_per_node: int = 8) -> StepPla
     split = {
         "products": work.products * rates.products,
         "attention": work.attention * rates.attention,
-        "memory": work.traffic * rates.traffic,
-        "launches": work.operations * rates.operations,
+        "memory": work.traffic * rates.traffic + work.logits * rates.logits,
+        "launches": work.operations * rates.operations + work.gathered * rates.gathered,
         "update": work.update * (1 / HOST_UPDATE if on_host else rates.update) + work.tensors * rates.tensors,
         # Both links are at work at a time.
         "communication": max(work.sent * rates.sent, work.between_nodes * rates.between_nodes)
@@ -197,7 +201,9 @@ def work_of(setting: Setting, gpus_per_node: int = 8) -> Work:
         products=micro * (passes(setting.tune) * sum(forward) + 3 * _adapter_products(setting) + again),
         attention=micro * ((3.5 if passes(setting.tune) > 1 else 1) * attention + attention_again),
         traffic=micro * (traffic + size * (2 * count + trained)),  # weights read twice, a gradient written
+        logits=micro * setting.batch.labelled * setting.model.padded_vocab_size(setting.vocab_size),
         operations=micro * operations,
+        gathered=micro * len(setting.parameters) if setting.stage == 3 else 0,
         update=updated * (16 + 8 * MOMENTS.get(setting.optimizer, 2) + 2 * size),
         tensors=len(setting.trained) * (micro if setting.stage else 1),
         sent=communication.sent,
@@ -285,7 +291,9 @@ def table_rates(device: Device, precision: str) -> Rates | None:
         products=1 / (efficiency["products"] * peak),
         attention=1 / (efficiency["attention"] * peak),
         traffic=memory,
+        logits=0.0,  # a GPU waits for their bytes
         operations=LAUNCH_SECONDS,
+        gathered=0.0,
         update=memory,
         tensors=0.0,
         sent=1 / (efficiency["link"] * device.link),

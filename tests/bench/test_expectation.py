@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,10 @@ from conftest import TINY
 from bigtfm.bench.expectation import Expectation
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.job import Job, check_job
-from bigtfm.planner.step_time import Rates
+from bigtfm.planner.step_time import Rates, Work
 
-ZERO = dict.fromkeys(
-    (
-        *("attention", "traffic", "operations", "update", "tensors"),
-        *("sent", "between_nodes", "calls", "moved", "swapped"),
-    ),
-    0.0,
-)
-RATES = Rates(products=0.0, **ZERO, steps=0.25, source="a test", device="cpu", precision="fp32", ranks=1)
+ZERO = dict.fromkeys((field.name for field in fields(Work)), 0.0)
+RATES = Rates(**ZERO | {"steps": 0.25}, source="a test", device="cpu", precision="fp32", ranks=1)
 
 
 @pytest.fixture

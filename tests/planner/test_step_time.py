@@ -89,6 +89,10 @@ def test_work_by_hand() -> None:
     # causal: half of 4 d T a token and block, forward; the backward of a fused kernel computes 2.5 times it
     assert work.attention == 3.5 * tokens * 12 * 4 * 768 * 1024 / 2
     assert work.update == COUNT * (16 + 16 + 4)
+    assert work.logits == tokens * ON_H100.model.padded_vocab_size(ON_H100.vocab_size)
+    assert work.gathered == 0
+    third = work_of(replace(ON_H100, zero={"stage": 3}, accumulation=4))
+    assert third.gathered == 4 * len(ON_H100.parameters)
     full = work_of(replace(ON_H100, recompute="full"))
     assert full.products - work.products == 2 * tokens * BLOCKS
     assert work_of(replace(ON_H100, recompute=2)).products - work.products == tokens * BLOCKS
