@@ -7,8 +7,8 @@ ranks, of configurations that differ in stage, batch, sequence, recomputation, f
 the peak is made of. A "fits" is false where the planned peak and the reserve for fragmentation are less than
 what was measured. Time: the rates are fitted to the calibration's trainings (bigtfm/bench/calibrate.py), then
 other configurations are planned with them; both are measured in turns, and of each the fastest run counts.
-Search: the fastest configuration of a grid, all of it measured, against the best of the few that the planner
-would try.
+Search: the fastest configuration of a grid, all of it measured in the same manner, against the best of the
+few that the planner would try.
 """
 
 from __future__ import annotations
@@ -303,13 +303,13 @@ def search_rows(folder: Path, repeats: int) -> list[Row]:
              deepspeed={"zero_optimization": {"reduce_bucket_size": 5_000_000}})
         for stage in (0, 1, 2, 3) for size in sizes for recompute in recomputes
     ]  # fmt: skip
-    measure = MEASURE.model_copy(update={"steps": 3, "warm_up": 2})
+    measure = MEASURE.model_copy(update={"steps": 3, "warm_up": 2, "repeats": repeats})
     matrix = Matrix(
         Path("search"), "search", "data/quickstart", measure, tuple(("search", each) for each in cells)
     )
     for _ in run_matrix(matrix, folder / "search"):
         pass
-    rows = [row for row in read_results(folder / "search" / RESULTS) if row["status"] == "ok"]
+    rows = fastest([row for row in read_results(folder / "search" / RESULTS) if row["status"] == "ok"])
     rates = calibrated(folder, sweep(RANKS, "fp32"), repeats)
     planned = {row["key"]: plan_step(setting_of_row(row, folder / "search"), rates).seconds for row in rows}
     ranked = sorted(rows, key=lambda row: planned[row["key"]])

@@ -115,7 +115,7 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
     "bigtfm compress --run runs/half-tuned --out runs/fewer --method magnitude --share 0.75": "likewise",
     "bigtfm train --deepspeed_config ds.json --config small.toml distill.teacher=runs/large "
     "run.name=taught": "needs a teacher",
-    "make bench-peers": "takes ten minutes; tests/benchmarks/ runs a part",
+    "make bench": "takes an hour; tests/benchmarks/ runs parts",
     "bigtfm harness run --model bigtfm --model_args run=runs/mine --tasks hellaswag": (
         "downloads the task; tests/tasks/test_harness.py runs a local one"
     ),
