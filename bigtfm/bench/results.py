@@ -14,6 +14,7 @@ from statistics import quantiles
 from typing import Any
 
 from bigtfm.config.problems import StorageProblem
+from bigtfm.whole_files import whole_file
 
 Row = dict[str, Any]
 RESULTS = "results.jsonl"
@@ -192,14 +193,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         StorageProblem: it can't be written.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with _writable(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_bytes(content)
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+    with _writable(path), whole_file(path) as building:
+        building.write_bytes(content)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from bigtfm.compare.cause import likely_cause, plain
 from bigtfm.compare.difference import Column, Comparison
 from bigtfm.compare.runs import Run
 from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
+from bigtfm.whole_files import whole_file
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -206,13 +207,9 @@ def _require_picture(path: Path) -> None:
 
 
 def _write(picture: bytes, path: Path) -> None:
-    drawing = path.with_name(f"{path.name}.tmp")
     try:
-        try:
-            drawing.write_bytes(picture)
-            os.replace(drawing, path)
-        finally:
-            drawing.unlink(missing_ok=True)
+        with whole_file(path) as building:
+            building.write_bytes(picture)
     except OSError as error:
         raise _unwritable(path, error) from None
 

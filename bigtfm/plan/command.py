@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +15,7 @@ from bigtfm.config.run import load_run_config
 from bigtfm.plan.job import plan
 from bigtfm.plan.view import BEST, advice, draw, render, render_candidates
 from bigtfm.planner.search import Candidate, deepspeed_values
+from bigtfm.whole_files import whole_file
 
 
 def show(
@@ -121,7 +121,8 @@ def _found(candidate: Candidate) -> dict[str, Any]:
 
 def write_json(deepspeed: DeepSpeedConfig, candidate: Candidate, path: Path) -> None:
     """The user's DeepSpeed JSON with the candidate's choices; whole, or not there."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(deepspeed_values(deepspeed.values, candidate), indent=2) + "\n", "utf-8")
-    load_deepspeed_json(new)
-    new.replace(path)
+    with whole_file(path) as building:
+        building.write_text(
+            json.dumps(deepspeed_values(deepspeed.values, candidate), indent=2) + "\n", "utf-8"
+        )
+        load_deepspeed_json(building)

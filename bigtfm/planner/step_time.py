@@ -11,7 +11,6 @@ such hardware is at hand, a data sheet's times efficiencies that are named below
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -26,6 +25,7 @@ from bigtfm.planner.hardware import Device, device_of
 from bigtfm.planner.parameters import MOMENTS, block_matrices, cross_matrices
 from bigtfm.planner.setting import Setting
 from bigtfm.planner.throughput import passes
+from bigtfm.whole_files import write_whole
 
 # Of a data sheet's peaks, what a training reaches. Products and memory are fitted to 63 published speeds
 # (benchmarks/published_speeds.py); the others are assumed, attention after flash-attn 2 (Dao 2023; Shah et
@@ -108,9 +108,7 @@ class Rates:
         raise ConfigProblem(f"holds no calibration: {why}", where=str(path), fix=fix)
 
     def write(self, path: Path) -> None:
-        new = path.with_name(f".{path.name}.{os.getpid()}")
-        new.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        new.replace(path)
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def suit(self, device: str, precision: str | None = None) -> None:
         """Refuses to speak for other hardware or, if given, another precision.

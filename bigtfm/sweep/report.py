@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from bigtfm.mlflow_sender import read_json
 from bigtfm.sweep.runner import RESULTS
 from bigtfm.sweep.trial import Row, Study
 from bigtfm.tracking import MetricsLog
+from bigtfm.whole_files import whole_file, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,12 +76,14 @@ def write(report: Report) -> None:
     study, best = report.study, require_results(report)
     base = _base(study)
     try:
-        with (study.out / f"{CSV}.tmp").open("w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(study.out / CSV) as building,
+            building.open("w", newline="", encoding="utf-8") as file,
+        ):
             table = csv.writer(file)
             table.writerow([*_columns(study), "seconds", "why"])
             for row in report.rows:
                 table.writerow([*_cells(study, row), row["seconds"], row["why"]])
-        os.replace(study.out / f"{CSV}.tmp", study.out / CSV)
         config, deepspeed = (study.out / name for name in BEST)
         study.write(best["trial"], config, deepspeed, base.run.dir, f"{base.run.name}-best", study.steps)
     except OSError as error:
@@ -189,6 +191,4 @@ def require_same_sweep(study: Study) -> None:
             where=str(study.out),
             fix="pass another --out, or undo the change",
         )
-    study.out.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_whole(path, json.dumps(plan, indent=1) + "\n")
