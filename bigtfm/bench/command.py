@@ -15,6 +15,7 @@ from bigtfm.bench.report import Report, Table, make_report, results_of
 from bigtfm.bench.results import RESULTS, Row, read_results, rewrite
 from bigtfm.bench.runner import run_matrix
 from bigtfm.bench.runs import RUNS, rows_of_runs
+from bigtfm.config.problems import Interrupted
 from bigtfm.planner.step_time import Rates
 from bigtfm.tracking import MetricsLog
 
@@ -38,6 +39,7 @@ def bench(
 
     Raises:
         ConfigProblem: a matrix is wrong, or there is nothing to report.
+        Interrupted: a Ctrl-C; no rank is left.
         StorageProblem: `out` can't be written or read.
     """
     terminal = Console(stderr=as_json, soft_wrap=True, markup=False)
@@ -45,9 +47,14 @@ def bench(
         if folder is not None:
             list(read(folder))
     rates = Rates.read(calibration) if calibration is not None else None
-    for matrix in [load_matrix(path) for path in matrices]:
-        for row in run_matrix(matrix, out, rates=rates):
-            print(json.dumps(row), flush=True) if as_json else terminal.print(line_of(row), highlight=False)
+    try:
+        for matrix in [load_matrix(path) for path in matrices]:
+            for row in run_matrix(matrix, out, rates=rates):
+                said = json.dumps(row) if as_json else line_of(row)
+                print(said, flush=True) if as_json else terminal.print(said, highlight=False)
+    except KeyboardInterrupt:
+        what, fix = "stopped by a Ctrl-C; what has been measured stands", "repeat the command: it goes on"
+        raise Interrupted(what, where=str(out), fix=fix) from None
     if runs is not None:
         measured = [row for row in read_results(out / RESULTS) if row["grid"] != RUNS]
         rewrite(out / RESULTS, [*measured, *rows_of_runs(runs)])

@@ -25,7 +25,7 @@ from bigtfm.bench.cell import MEASURED, SPLIT_STEPS, Trial
 from bigtfm.bench.expectation import Expectation
 from bigtfm.bench.matrix import Cell, Matrix
 from bigtfm.bench.results import RESULTS, Row, Spread, append, read_results
-from bigtfm.config.problems import ConfigProblem, Problem
+from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
 from bigtfm.environment import environment
 from bigtfm.job import Job, check_job
 from bigtfm.mlflow_sender import read_json
@@ -217,7 +217,11 @@ def _checked(cell: Cell, matrix: Matrix, data: Path, folder: Path) -> tuple[Job,
 
 
 def _trained(trial: Trial, cell: Cell, timeout: float, start: Start) -> Row:
-    """Status, why, and what was measured."""
+    """Status, why, and what was measured.
+
+    Raises:
+        StorageProblem: a rank could not write.
+    """
     folder, ranks = Path(trial.run_dir), cell.ranks
     path, killed_before = folder / "trial.json", _kernel_kills()
     trial.write(path)
@@ -244,7 +248,11 @@ def _trained(trial: Trial, cell: Cell, timeout: float, start: Start) -> Row:
         return {"status": "ok", **measured}
     if None in codes:
         return {"status": "hang", "why": f"no end after {timeout:g} s: {_came_to(folder)}"}
-    return _failure(codes, read_json(folder / FAILURE), logs, _kernel_kills() > killed_before)
+    failed = _failure(codes, read_json(folder / FAILURE), logs, _kernel_kills() > killed_before)
+    if StorageProblem.exit_code in codes:  # the disk's, not the cell's: a row would say that it was measured
+        fix = "free space there, then repeat the command: it goes on"
+        raise StorageProblem(f"a rank could not write: {failed['why']}", where=str(folder), fix=fix)
+    return failed
 
 
 def _failure(codes: list[int | None], failure: Row, logs: list[Path], killed_for_memory: bool) -> Row:

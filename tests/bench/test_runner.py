@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from bigtfm.bench import command
 from bigtfm.bench.clock import SPLIT
 from bigtfm.bench.matrix import Matrix, load_matrix
 from bigtfm.bench.report import make_report
-from bigtfm.bench.results import RESULTS, read_rows
+from bigtfm.bench.results import RESULTS, Row, read_rows
 from bigtfm.bench.runner import missing, run_matrix
+from bigtfm.config.problems import Interrupted, StorageProblem
 from bigtfm.planner.memory import CATEGORIES
 from bigtfm.resilience.processes import process
 
@@ -130,6 +131,34 @@ def test_a_torn_row_is_run_again(matrix: Callable[..., Matrix], tmp_path: Path) 
     (out / RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows)[:-9])
     assert [row["key"] for row in read_rows(out / RESULTS)] == keys[:1]
     assert missing(cells, out) == 1
+
+
+class FakeRank:
+    """A rank that ends at once, with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.poll, self.kill = (lambda: code), (lambda: None)
+
+
+def test_a_full_disk_is_no_result_of_a_cell(matrix: Callable[..., Matrix], tmp_path: Path) -> None:
+    cells, out = matrix("micro_batch = [1, 2]"), tmp_path / "out"
+    with pytest.raises(StorageProblem, match="could not write: it left no word"):
+        list(run_matrix(cells, out, start=lambda *_: FakeRank(74)))
+    assert missing(cells, out) == 2
+    assert [row["status"] for row in run_matrix(cells, out, start=lambda *_: FakeRank(70))] == ["crash"] * 2
+    assert missing(cells, out) == 0
+
+
+def test_a_ctrl_c_says_that_it_goes_on(
+    matrix: Callable[..., Matrix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Iterator[Row]:
+        raise KeyboardInterrupt
+        yield {}
+
+    monkeypatch.setattr(command, "run_matrix", interrupted)
+    with pytest.raises(Interrupted, match="repeat the command: it goes on"):
+        command.bench([matrix("micro_batch = 1").path], tmp_path / "out")
 
 
 @pytest.mark.launcher
