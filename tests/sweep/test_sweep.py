@@ -287,10 +287,12 @@ def test_a_second_ctrl_c_does_not_wait_for_trials(space: Write, tmp_path: Path) 
             os.kill(os.getpid(), signal.SIGINT)
             return None
 
+    began = time.monotonic()
     file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 2")
     with pytest.raises(Interrupted, match="stopped by SIGINT; not every trial that ran has saved"):
         sweep(file, tmp_path / "out", start=Deaf)
     assert Deaf.ends == ["asked", "killed"]
+    assert time.monotonic() - began < 60
 
 
 def test_a_trial_that_a_killed_sweep_has_left_is_waited_for(space: Write, tmp_path: Path) -> None:
