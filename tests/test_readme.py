@@ -120,10 +120,9 @@ NOT_RUN = {  # of the ```console fences: what no test here can run, and why
         "downloads the task; tests/tasks/test_harness.py runs a local one"
     ),
     "bigtfm chat --run runs/chat": "needs a run that has learnt to; tests/tasks/ talks to one",
-    "torchrun --nproc_per_node 8 --no-python bigtfm evaluate --run runs/translation --data newstest.jsonl": (
-        "is an example; tests/integration/test_tasks.py evaluates as two ranks"
-    ),
-    "torchrun --nproc_per_node 8 --no-python bigtfm noise-scale --run runs/mine --batches 512": (
+    "torchrun --nproc_per_node 8 --no-python -- bigtfm evaluate --run runs/translation --data "
+    "newstest.jsonl": "is an example; tests/integration/test_tasks.py evaluates as two ranks",
+    "torchrun --nproc_per_node 8 --no-python -- bigtfm noise-scale --run runs/mine --batches 512": (
         "is an example; tests/large_batch/ measures as two ranks"
     ),
     "deepspeed --num_gpus 8 launch/train.py --deepspeed_config ds_configs/large_batch_lamb.json --config "
@@ -163,6 +162,17 @@ def test_this_test_knows_every_command_and_no_other() -> None:
     assert set(commands("console")) == set(NOT_RUN)
     languages = {name for document in DOCUMENTS for name, _ in fences(document)}
     assert languages <= {"bash", "console"} | NO_COMMANDS, "a command could hide in such a fence"
+
+
+def test_torchrun_reads_its_commands_as_they_stand() -> None:
+    """Without -- it takes a program's options, such as --run, for beginnings of its own."""
+    from torch.distributed.run import parse_args
+
+    found = [command.split()[1:] for command in commands("console") if command.startswith("torchrun ")]
+    assert found
+    for arguments in found:
+        given = parse_args(arguments)
+        assert [given.training_script, *given.training_script_args] == arguments[arguments.index("--") + 1 :]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
