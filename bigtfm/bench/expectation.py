@@ -45,7 +45,9 @@ class Expectation:
         memory, gpu, rates = plan_memory(setting), device_of(self.device), self.rates
         if gpu is not None and (estimated := table_rates(gpu, setting.precision)) is not None:
             rates = estimated if rates is None else rates.completed(estimated)
-        if rates is not None and rates.precision != setting.precision:
-            rates = None
         found: Row = {"memory": {name: getattr(memory, name) for name in (*CATEGORIES, "peak")}}
-        return found | ({"step_seconds": plan_step(setting, rates).seconds} if rates is not None else {})
+        if rates is None or rates.precision != setting.precision:
+            return found
+        if gpu is None and rates.ranks != setting.world_size:  # a CPU's ranks share its cores and memory
+            return found
+        return found | {"step_seconds": plan_step(setting, rates).seconds}

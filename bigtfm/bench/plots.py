@@ -60,7 +60,7 @@ def split(results: Sequence[Result]) -> Any:
         return None
     figure, axes = _bars(shown, "seconds of a step")
     _stack(axes, [{name: result.first["split"][name] for name in SPLIT} for result in shown], SPLIT)
-    axes.legend(fontsize=8)
+    _legend(axes)
     return figure
 
 
@@ -69,21 +69,29 @@ def memory(results: Sequence[Result]) -> Any:
     shown = [result for result in results if result.ok and result.peak_bytes][:MOST_BARS]
     if not shown:
         return None
-    figure, axes = _bars(shown, "GiB a rank at the peak")
-    stacks = [_memory_stack(result) for result in shown]
+    size, unit = _unit(shown)
+    figure, axes = _bars(shown, f"{unit} a rank at the peak")
+    stacks = [_memory_stack(result, size) for result in shown]
     _stack(axes, stacks, (*CATEGORIES, "not told apart"))
     for place, result in enumerate(shown):
         expected = (result.first.get("predicted") or {}).get("memory", {}).get("peak")
         if expected:
-            axes.plot(expected / _GIB, place, marker="|", markersize=14, color="black", markeredgewidth=2)
-    axes.legend(fontsize=8)
+            mark = {"marker": "|", "markersize": 14, "color": "black", "markeredgewidth": 2, "linestyle": ""}
+            known = any(label == "planned" for label in axes.get_legend_handles_labels()[1])
+            axes.plot(expected / size, place, label=None if known else "planned", **mark)
+    _legend(axes)
     return figure
 
 
-def _memory_stack(result: Result) -> dict[str, float]:
+def _unit(results: Sequence[Result]) -> tuple[int, str]:
+    """In what the memory of the largest of them is best read: bytes of it, and its name."""
+    return (_GIB, "GiB") if max(result.peak_bytes or 0 for result in results) >= _GIB else (2**20, "MiB")
+
+
+def _memory_stack(result: Result, size: int) -> dict[str, float]:
     found = result.first["memory"]
-    parts = {name: found.get(name, 0) / _GIB for name in CATEGORIES}
-    return parts | {"not told apart": max(0.0, found["peak"] / _GIB - sum(parts.values()))}
+    parts = {name: found.get(name, 0) / size for name in CATEGORIES}
+    return parts | {"not told apart": max(0.0, found["peak"] / size - sum(parts.values()))}
 
 
 def scaling(results: Sequence[Result]) -> Any:
@@ -117,20 +125,21 @@ def pareto(results: Sequence[Result]) -> Any:
     if not found:
         return None
     figure, (axes,) = _figure(7, 4.6, 1)
-    axes.set(xlabel="GiB a rank at the peak", ylabel="tokens a second and rank")
     points = [result for result in results if result.ok and result.peak_bytes]
-    axes.scatter(*_places(points), s=14, color="#999999")
+    size, unit = _unit(points)
+    axes.set(xlabel=f"{unit} a rank at the peak", ylabel="tokens a second and rank")
+    axes.scatter(*_places(points, size), s=14, color="#999999")
     for colour, (name, front) in zip(_COLOURS * len(found), found.items(), strict=False):
-        axes.plot(*_places(front), marker="o", color=colour, label=name, drawstyle="steps-post")
-        for result, x, y in zip(front, *_places(front), strict=True):
+        axes.plot(*_places(front, size), marker="o", color=colour, label=name, drawstyle="steps-post")
+        for result, x, y in zip(front, *_places(front, size), strict=True):
             axes.annotate(result.label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
 
 
-def _places(results: Sequence[Result]) -> tuple[list[float], list[float]]:
-    memory = [(result.peak_bytes or 0) / _GIB for result in results]
+def _places(results: Sequence[Result], size: int) -> tuple[list[float], list[float]]:
+    memory = [(result.peak_bytes or 0) / size for result in results]
     return memory, [result.rates.median / result.ranks for result in results]
 
 
@@ -152,6 +161,11 @@ def _stack(axes: Any, rows: Sequence[dict[str, float]], names: Sequence[str]) ->
         if any(values):
             left = [sum(row[before] for before in names[: names.index(name)]) for row in rows]
             axes.barh(range(len(rows)), values, left=left, color=colour, label=name)
+
+
+def _legend(axes: Any) -> None:
+    """Beside the bars, none of which it may hide."""
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _save(figure: Any, path: Path) -> None:

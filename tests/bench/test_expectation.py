@@ -29,6 +29,7 @@ def test_a_step_is_expected_where_there_are_rates(job: Job) -> None:
     assert here["memory"]["peak"] == sum(bytes_ for name, bytes_ in here["memory"].items() if name != "peak")
     assert Expectation("cpu", RATES).of(job)["step_seconds"] == 0.25
     assert "step_seconds" not in Expectation("cpu", replace(RATES, precision="bf16")).of(job)
+    assert "step_seconds" not in Expectation("cpu", replace(RATES, ranks=2)).of(job), "its ranks share it"
     with pytest.raises(ConfigProblem, match="those of cpu in fp32, not of NVIDIA H200"):
         Expectation("NVIDIA H200", RATES)
     assert 0 < Expectation("NVIDIA H200").of(job)["step_seconds"] < 0.25
