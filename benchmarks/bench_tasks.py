@@ -80,7 +80,7 @@ RECIPES = {
                "sequence_to_sequence", 64, 1024, 1200, 12, 2e-3, (*PAIRS, "objective.label_smoothing=0.1"),
                ("--max-new-tokens", "40")),
         Recipe("summarisation", "descriptions of Debian's packages", ("bits_per_byte", "rougeLsum"),
-               "completion", 64, 4096, 800, 16, 2e-3, GPT, ("--max-new-tokens", "24"), 900),
+               "completion", 64, 4096, 1300, 16, 3e-3, GPT, ("--max-new-tokens", "24"), 1500),
         Recipe("chat", "conversations with tool calls", ("chrf", "bits_per_byte"), "completion", 256, 2048,
                300, 8, 2e-3, (*GPT, "model.dropout=0.1"), ("--max-new-tokens", "80"), 300),
         Recipe("language_modelling", "addresses", ("bits_per_byte",), "causal_lm", 128, 2048, 150, 16, 2e-3,
@@ -212,7 +212,7 @@ def pretraining(folder: Path, seeds: int) -> dict[str, Any]:
     for start, (recipe, name) in first.items():
         seconds[start] = train(folder, recipe, name, f"data.path=data/{name}")["cpu_seconds"]
         starts[start] = (f"run.init_from=runs/{name}",)
-    row = tuned(folder, "pretraining", "few", TUNED, starts, (5e-4, 1.5e-3), seeds)
+    row = tuned(folder, "pretraining", "few", TUNED, starts, (5e-4, 1.5e-3, 4e-3), seeds)
     for start, used in seconds.items():
         row["starts"][start]["pretraining_cpu_seconds"] = used
     return row
