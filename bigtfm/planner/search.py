@@ -100,12 +100,12 @@ def bucket_size(setting: Setting) -> int:
 
 
 def deepspeed_values(stated: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
-    """The user's DeepSpeed JSON with the candidate's choices, all else as it stands there."""
-    s = candidate.setting
-    batch = {
-        "train_batch_size": s.global_batch,
-        "train_micro_batch_size_per_gpu": s.micro_batch,
-        "gradient_accumulation_steps": s.accumulation,
-    }
+    """The user's DeepSpeed JSON with the candidate's choices, all else as it stands there.
+
+    The accumulation follows from the number of ranks, unless the user states it.
+    """
+    s, stating = candidate.setting, "gradient_accumulation_steps"
+    batch = {"train_batch_size": s.global_batch, "train_micro_batch_size_per_gpu": s.micro_batch}
+    batch |= {stating: s.accumulation} if stating in stated else {}
     rest = {name: value for name, value in stated.items() if name not in (*batch, "zero_optimization")}
     return batch | rest | {"zero_optimization": dict(s.zero)}

@@ -76,6 +76,9 @@ def test_it_writes_a_valid_json_of_the_same_recipe(tmp_path: Path, rates: Rates)
     written = load_deepspeed_json(path)
     assert written.solve_batch(8) == (best.setting.micro_batch, best.setting.accumulation, 256)
     assert written.zero_stage == best.setting.stage
+    assert "gradient_accumulation_steps" not in values, "it runs on other numbers of ranks, too"
+    stating = deepspeed_values(stated.values | {"gradient_accumulation_steps": 4}, best)
+    assert stating["gradient_accumulation_steps"] == best.setting.accumulation
 
 
 def test_a_cpu_is_offered_no_offload(rates: Rates) -> None:
