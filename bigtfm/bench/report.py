@@ -75,7 +75,7 @@ def make_report(out: Path, against: Path | None = None) -> Report:
     name, about = str(results[0].first.get("matrix") or out.resolve().name), _about(results)
     before = results_of(against) if against is not None else []
     compared = changes(before, results) if before else []
-    elsewhere = _differences(_about(before), about) if before else ""
+    elsewhere = _differences(before, results) if before else ""
     report = Report(name, tuple(about.items()), tuple(results), tuple(compared), elsewhere)
     pictures = draw_all(results, out)
     write_whole(out / "report.md", to_markdown(report, pictures).encode())
@@ -84,12 +84,14 @@ def make_report(out: Path, against: Path | None = None) -> Report:
     return report
 
 
-def _differences(before: dict[str, str], now: dict[str, str]) -> str:
-    """What a comparison also compares, if it is on another machine or with other versions."""
-    names = [name for name in {**before, **now} if name != "commit" and before.get(name) != now.get(name)]
-    return "; ".join(
-        f"{name}: {before.get(name, 'none')} before, {now.get(name, 'none')} now" for name in names
-    )
+def _differences(before: Sequence[Result], now: Sequence[Result]) -> str:
+    """What a comparison also compares: another machine, other versions, another matrix."""
+    old, new = _about(before), _about(now)
+    names = [name for name in {**old, **new} if name != "commit" and old.get(name) != new.get(name)]
+    found = [f"{name}: {old.get(name, 'none')} before, {new.get(name, 'none')} now" for name in names]
+    if not {result.key for result in before} & {result.key for result in now}:
+        found.append("no cell is in both: another matrix, model or DeepSpeed JSON")
+    return "; ".join(found)
 
 
 def results_of(folder: Path) -> list[Result]:

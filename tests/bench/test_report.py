@@ -192,6 +192,8 @@ def test_a_comparison_over_other_hardware_says_so(tmp_path: Path) -> None:
     out = write(tmp_path / "out", row("a", **new))
     make_report(out, write(tmp_path / "old", row("a", **old)))
     assert "made elsewhere: processor: Old before, New now" in (out / "report.md").read_text()
+    make_report(out, write(tmp_path / "other", row("b", **new)))
+    assert "no cell is in both" in (out / "report.md").read_text()
     make_report(out, out)
     assert "made elsewhere" not in (out / "report.md").read_text()
 
