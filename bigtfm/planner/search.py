@@ -23,7 +23,7 @@ OFFLOADS: tuple[dict[str, str], ...] = (
     {"offload_optimizer": "cpu"},
     {"offload_optimizer": "cpu", "offload_param": "cpu"},
 )
-MICRO_BATCHES = 12  # of the largest, how many sizes are tried
+MICRO_BATCHES = 12  # sizes that are tried
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def search_for(
 
 def _variants(setting: Setting, compiled: bool, ramp: Sequence[int]) -> Iterator[Setting]:
     share = setting.global_batch // setting.world_size
-    largest = math.gcd(setting.global_batch, *ramp) // setting.world_size
-    sizes = [size for size in range(1, largest + 1) if largest % size == 0][-MICRO_BATCHES:]
+    sizes = micro_batches(math.gcd(setting.global_batch, *ramp) // setting.world_size)
     recomputes = [each for each in RECOMPUTE if not (compiled and each == "selective")]
     for stage, size, recompute, offload in itertools.product(range(4), sizes, recomputes, OFFLOADS):
         if not _makes_sense(setting, stage, offload):
@@ -77,6 +76,16 @@ def _variants(setting: Setting, compiled: bool, ramp: Sequence[int]) -> Iterator
         if stage:
             zero.setdefault("reduce_bucket_size", bucket_size(setting))
         yield replace(setting, zero=zero, micro_batch=size, accumulation=share // size, recompute=recompute)
+
+
+def micro_batches(share: int) -> list[int]:
+    """Sizes that divide a rank's share of the batch, from 1 to all of it; of many, some in even distances."""
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    sizes = sorted({*small, *(share // size for size in small)})
+    if len(sizes) <= MICRO_BATCHES:
+        return sizes
+    step = (len(sizes) - 1) / (MICRO_BATCHES - 1)
+    return [sizes[round(number * step)] for number in range(MICRO_BATCHES)]
 
 
 def _makes_sense(setting: Setting, stage: int, offload: dict[str, str]) -> bool:

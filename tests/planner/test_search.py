@@ -11,7 +11,7 @@ from gpt2 import ON_H100
 
 from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.planner.hardware import device_of
-from bigtfm.planner.search import Candidate, deepspeed_values, search_for
+from bigtfm.planner.search import Candidate, deepspeed_values, micro_batches, search_for
 from bigtfm.planner.step_time import Rates, table_rates
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,6 +54,14 @@ def test_less_memory_asks_for_more_of_the_means(rates: Rates) -> None:
     assert much.offload("optimizer") == "none"
     assert little.micro_batch < much.micro_batch
     assert not found_within(0.5, rates)[0].fits
+
+
+def test_the_smallest_micro_batches_are_tried_and_the_largest() -> None:
+    assert micro_batches(64) == [1, 2, 4, 8, 16, 32, 64]
+    many = micro_batches(5040)
+    assert (many[0], many[-1], len(set(many))) == (1, 5040, 12)
+    assert all(5040 % size == 0 for size in many)
+    assert micro_batches(10**12)[-1] == 10**12, "at once"
 
 
 def test_a_ramp_up_s_sizes_can_be_made_by_every_candidate(rates: Rates) -> None:
