@@ -155,10 +155,12 @@ def _prepared(data: str, out: Path) -> Path:
         raise ConfigProblem(
             "no prepared data set", where=data, fix="`bigtfm prepare` it, or leave `data` out of the matrix"
         )
-    from bigtfm.data.prepare import prepare
+    own = (out / "data").resolve()
+    if not (own / "dataset.json").is_file():
+        from bigtfm.data.prepare import prepare
 
-    prepare(["embedded"], str(out / "data"), progress=False)
-    return (out / "data").resolve()
+        prepare(["embedded"], str(own), progress=False)
+    return own
 
 
 def _row_of(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import faulty_cells
@@ -121,6 +123,16 @@ def test_a_cell_that_can_not_end_in_time_is_left_for_later(
     assert missing(cells, tmp_path / "out") == 2
     with pytest.raises(AssertionError, match="has been run"):
         list(run_matrix(cells, tmp_path / "out", start=no_start, seconds=101))
+
+
+def test_a_folder_goes_on_with_the_data_set_that_it_has(
+    matrix: Callable[..., Matrix], tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the embedded text has another place or date by now, as after an upgrade."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_data, tmp_path / "out/data")
+    cells = replace(matrix("micro_batch = 1"), data="data/quickstart")
+    assert list(run_matrix(cells, tmp_path / "out", start=no_start, seconds=99)) == []
 
 
 def test_a_torn_row_is_run_again(matrix: Callable[..., Matrix], tmp_path: Path) -> None:
