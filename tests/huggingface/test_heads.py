@@ -107,6 +107,26 @@ def test_a_head_gives_the_same_logits(
         assert config["id2label"] == {"0": "bad", "1": "good", "2": "so, so"}
 
 
+def test_what_was_imported_keeps_its_config(tuned: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """But for its class and labels; its tokenizer tells sentences apart, which our examples don't."""
+    folder = tuned("bert", "classification")
+    original = {
+        "model_type": "bert",
+        "architectures": ["BertForPreTraining"],
+        "own": 1,
+        "id2label": {"0": "x"},
+    }
+    (folder / "huggingface").mkdir()
+    (folder / "huggingface" / "config.json").write_text(json.dumps(original))
+    (folder / "huggingface" / "imported.json").write_text(json.dumps({"tokenizer": "any"}))
+    export_hf(folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["own"], config["architectures"]) == (1, ["BertForSequenceClassification"])
+    assert list(config["id2label"].values()) == LABELS
+    tokens = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokens["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 @pytest.mark.parametrize("shape", ["bert", "gpt2"])
 def test_transformers_labels_texts_as_predict_does(
     shape: str, tuned: Callable[[str, str], Path], tmp_path: Path

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from task_runs import learnt
 
-from bigtfm.config.problems import ConfigProblem, DataProblem
+from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
 from bigtfm.huggingface.export_hf import export_hf
 from bigtfm.tasks.evaluate import Options, evaluate, predict
 
@@ -63,6 +63,18 @@ def test_rows_that_are_none(
 def test_a_column_that_the_task_does_not_read(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigProblem, match="reads no 'txt'"):
         evaluate(run, rows(tmp_path, GOOD), Options(columns=("txt=text",)))
+
+
+def test_predictions_that_have_no_place_are_told_before_the_work(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "said.jsonl"):
+        with pytest.raises(StorageProblem, match=r"can't be written.*another --predictions"):
+            evaluate(run, ["nowhere"], Options(), place)
+
+
+def test_no_rows_are_no_prediction(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataProblem, match=r"rows\.jsonl: no rows"):
+        list(predict(run, rows(tmp_path), Options()))
 
 
 def test_a_damaged_task(run: Path, tmp_path: Path) -> None:
