@@ -80,6 +80,7 @@ class Format:
     make: Callable[[Row, Reader], list[Example]]
     labels_of: Callable[[Row], list[str]] | None = None
     optional: frozenset[str] = frozenset()  # columns that may be missing
+    learnt: frozenset[str] = frozenset()  # columns that may be missing where nothing is learnt
     share_texts: bool = False  # rows may have nearly the same text, and differ in what is asked of it
 
 
@@ -95,15 +96,16 @@ class TaskSetting:
     max_tokens: int = 512
     options: Mapping[str, str] = field(default_factory=dict)
 
-    def rows(self, span: Span, all_optional: bool = False) -> Iterator[tuple[Row, Where]]:
-        """The span's rows by the format's names."""
-        optional = {self.columns[name] for name in (self.columns if all_optional else self.format.optional)}
+    def rows(self, span: Span, unlabelled: bool = False) -> Iterator[tuple[Row, Where]]:
+        """The span's rows by the format's names. unlabelled: what is to be learnt need not be there."""
+        names = self.format.optional | (self.format.learnt if unlabelled else frozenset())
+        optional = {self.columns[name] for name in names}
         for row, where in read_rows(span, list(self.columns.values()), optional):
             yield {name: row[column] for name, column in self.columns.items() if column in row}, where
 
-    def texts(self, span: Span, all_optional: bool = False) -> Iterator[bytes]:
+    def texts(self, span: Span, unlabelled: bool = False) -> Iterator[bytes]:
         """What a tokenizer is trained on."""
-        for row, where in self.rows(span, all_optional):
+        for row, where in self.rows(span, unlabelled):
             with told(where):
                 parts = self.format.texts(row)
             yield "\n".join(parts).encode("utf-8", "surrogatepass")

@@ -92,6 +92,7 @@ TASK = Task(
         texts=texts,
         kinds=("classification",),
         make=make,
+        learnt=frozenset({"label"}),
         labels_of=labels_of,
         optional=frozenset({"second"}),
     ),

@@ -230,7 +230,7 @@ def predict(run_dir: Path, data: Sequence[str], options: Options) -> Iterator[An
     with progress_bar("predicting") as step:
         predictor = _predictor(model.to(_device()), special, options, step)
         setting = _setting(header, options)
-        rows = [row for span in _spans(data) for row, _ in setting.rows(span, all_optional=True)]
+        rows = [row for span in _spans(data) for row, _ in setting.rows(span, unlabelled=True)]
         if not rows:
             raise DataProblem("no rows", where=", ".join(data), fix="check --data")
         with told(lambda: ", ".join(data)):

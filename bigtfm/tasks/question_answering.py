@@ -185,6 +185,7 @@ TASK = Task(
         texts=texts,
         kinds=("question_answering",),
         make=make,
+        learnt=frozenset({"answers"}),
         share_texts=True,
     ),
     predict,

@@ -124,6 +124,7 @@ TASK = Task(
         texts=texts,
         kinds=("classification",),
         make=make,
+        learnt=frozenset({"relation"}),
         share_texts=True,
         labels_of=labels_of,
     ),

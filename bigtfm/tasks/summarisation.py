@@ -42,6 +42,7 @@ TASK = Task(
         texts=pairs.texts,
         kinds=("sequence_to_sequence", "completion"),
         make=partial(pairs.make, cut=True),
+        learnt=frozenset({"target"}),
     ),
     pairs.predict,
     pairs.reference,

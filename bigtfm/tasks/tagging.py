@@ -109,6 +109,7 @@ TASK = Task(
         texts=texts,
         kinds=("tagging",),
         make=make,
+        learnt=frozenset({"tags"}),
         labels_of=labels_of,
     ),
     predict,

@@ -36,6 +36,7 @@ TASK = Task(
         texts=pairs.texts,
         kinds=("sequence_to_sequence", "completion"),
         make=partial(pairs.make, cut=False),
+        learnt=frozenset({"target"}),
     ),
     pairs.predict,
     pairs.reference,

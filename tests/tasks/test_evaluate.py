@@ -75,6 +75,8 @@ def test_predictions_that_have_no_place_are_told_before_the_work(run: Path, tmp_
 def test_no_rows_are_no_prediction(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataProblem, match=r"rows\.jsonl: no rows"):
         list(predict(run, rows(tmp_path), Options()))
+    with pytest.raises(DataProblem, match=r"rows\.jsonl:2: no column 'text'. Fix: name it with --column"):
+        list(predict(run, rows(tmp_path, {"text": "x"}, {"txt": "x"}), Options()))
 
 
 def test_a_damaged_task(run: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class Filtering:
                 if self.task is None or span.kind.startswith("txt"):
                     yield from map(decoded, read_documents(span, read))
                 else:
-                    yield from map(decoded, self.task.texts(span, all_optional=True))
+                    yield from map(decoded, self.task.texts(span, unlabelled=True))
 
 
 @dataclass(frozen=True)
