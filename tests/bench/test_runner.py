@@ -129,6 +129,8 @@ def test_a_folder_goes_on_with_the_data_set_that_it_has(
     matrix: Callable[..., Matrix], tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the embedded text has another place or date by now, as after an upgrade."""
+    for name in ("configs", "ds_configs"):
+        (tmp_path / name).symlink_to(Path(name).resolve())
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_data, tmp_path / "out/data")
     cells = replace(matrix("micro_batch = 1"), data="data/quickstart")
