@@ -79,7 +79,7 @@ RECIPES = {
         Recipe("translation", "names of emoji, English to French", ("bleu", "chrf", "bits_per_byte"),
                "sequence_to_sequence", 64, 1024, 1200, 12, 2e-3, (*PAIRS, "objective.label_smoothing=0.1"),
                ("--max-new-tokens", "40")),
-        Recipe("summarisation", "descriptions of Debian's packages", ("bits_per_byte", "rougeLsum"),
+        Recipe("summarisation", "descriptions of Debian's packages", ("bits_per_byte", "rouge2", "rougeLsum"),
                "completion", 64, 4096, 1300, 16, 3e-3, GPT, ("--max-new-tokens", "24"), 1500),
         Recipe("chat", "conversations with tool calls", ("chrf", "bits_per_byte"), "completion", 256, 2048,
                300, 8, 2e-3, (*GPT, "model.dropout=0.1"), ("--max-new-tokens", "80"), 300),
@@ -250,7 +250,7 @@ def tuned(
     folder: Path, task: str, data: str, recipe: Recipe, starts: dict[str, tuple[str, ...]],
     lrs: Sequence[float], seeds: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Each seed's accuracy by each start, at the lr that is best for it on the validation rows."""
+    """Each seed's accuracy by each start, at the lr that is on average best for it on the validation rows."""
     _, validation, held_out = labelled(folder)
     row: dict[str, Any] = {"benchmark": "tasks", "task": task, "labelled": LABELLED, "starts": {}}
     for start, more in starts.items():
@@ -260,7 +260,9 @@ def tuned(
             at = (f"data.path=data/{data}", f"run.seed={seed}", *more)
             return learn(folder, replace(recipe, lr=lr), name, rows, *at)
 
-        chosen = {lr: run(lr, 0, validation)["metrics"]["accuracy"] for lr in lrs}
+        chosen = {
+            lr: mean(run(lr, seed, validation)["metrics"]["accuracy"] for seed in range(seeds)) for lr in lrs
+        }
         lr = max(chosen, key=chosen.__getitem__)
         found = [run(lr, seed, held_out) for seed in range(seeds)]
         row["starts"][start] = {

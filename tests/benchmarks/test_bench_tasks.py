@@ -7,7 +7,7 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import bench_tasks
@@ -38,28 +38,32 @@ def test_a_task_beats_its_baseline_in_time(task: str) -> None:
     assert row["cpu_seconds"] < 2 * 180
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "starts" in row], ids=lambda row: row["task"])
-def test_what_was_learnt_before_pays_for_every_seed(row: dict[str, Any]) -> None:
-    """The mean gain is more than twice its standard error, too."""
-    scratch, *others = (start["accuracy"] for start in row["starts"].values())
-    assert others
-    for accuracy in others:
-        gains = [after - before for before, after in zip(scratch, accuracy, strict=True)]
-        assert len(gains) >= 3
-        assert min(gains) > 0
-        assert mean(gains) > 2 * stdev(gains) / len(gains) ** 0.5
+def test_an_imported_model_pays_for_every_seed() -> None:
+    scratch, after = (start["accuracy"] for start in BY_TASK["imported"]["starts"].values())
+    small = BY_TASK["pretraining"]["starts"]["from scratch"]["accuracy"]
+    assert len(scratch) == len(after) >= 3
+    assert min(after) > max(*scratch, *small)
+
+
+def test_other_labels_and_texts_without_labels_do_no_harm() -> None:
+    """docs/tasks.md says that what they gain is within the noise."""
+    scratch, *others = (start["accuracy"] for start in BY_TASK["pretraining"]["starts"].values())
+    assert len(others) == 2
+    assert all(len(accuracy) == len(scratch) >= 3 and mean(accuracy) > mean(scratch) for accuracy in others)
 
 
 def test_each_start_has_the_lr_that_is_best_on_validation_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows that measure it have no say."""
+    """On the average over seeds; the rows that measure it have no say."""
     asked: list[tuple[float, str]] = []
 
     def learn(folder: Path, recipe: Any, name: str, rows: Path, *overrides: str) -> dict[str, Any]:
         asked.append((recipe.lr, rows.stem))
         best = 0.2 if "run.init_from=runs/a" in overrides else 0.1
-        accuracy = 1 - abs(recipe.lr - best) if rows.stem == "validation" else recipe.lr
+        lucky = recipe.lr == 0.3 and "run.seed=0" in overrides
+        fine = 0.9 if lucky else 0.8 if recipe.lr == best else 0.1
+        accuracy = fine if rows.stem == "validation" else recipe.lr
         return {"metrics": {"accuracy": accuracy}, "baseline": {"accuracy": 0.5}, "cpu_seconds": 1.0}
 
     monkeypatch.setattr(bench_tasks, "learn", learn)
