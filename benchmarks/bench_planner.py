@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -152,7 +153,8 @@ def data_sets(folder: Path) -> dict[str, Path]:
 def memory_rows(folder: Path, _: int) -> list[Row]:
     """A training of each configuration on two ranks, all in the same processes."""
     work = folder / "memory"
-    work.mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # of a benchmark that was stopped
+    work.mkdir()
     data, jobs = data_sets(folder), []
     for number, (name, values, overrides) in enumerate(configurations()):
         path = work / f"{number}.json"
