@@ -100,8 +100,8 @@ def bigtfm(*arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def deepspeed_json(folder: Path, recipe: Recipe) -> str:
-    path = folder / f"{recipe.task}.json"
+def deepspeed_json(folder: Path, recipe: Recipe, name: str) -> str:
+    path = folder / f"{name}.json"  # benchmarks may run beside each other
     warmup = min(max(30, recipe.steps // 20), recipe.steps // 3)
     schedule = {"warmup_num_steps": warmup, "warmup_max_lr": recipe.lr, "total_num_steps": recipe.steps}
     path.write_text(json.dumps({
@@ -137,7 +137,7 @@ def train(folder: Path, recipe: Recipe, name: str, *overrides: str) -> dict[str,
         packing = () if recipe.task in TEXT else ("data.packing=best_fit",)
         length = "data.seq_len" if "--config" in recipe.model else "model.max_seq_len"
         bigtfm(
-            "train", "--deepspeed_config", deepspeed_json(folder, recipe), *recipe.model,
+            "train", "--deepspeed_config", deepspeed_json(folder, recipe, name), *recipe.model,
             f"{length}={recipe.max_tokens}", f"objective.kind={recipe.objective}",
             f"data.path=data/{recipe.task}", *packing, f"run.name={name}", "track.mlflow=false",
             "save.every=0", f"eval.every={recipe.steps}", *overrides, folder=folder,

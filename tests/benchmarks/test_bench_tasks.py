@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -98,6 +99,14 @@ def test_a_new_row_takes_the_place_of_its_tasks_old_one(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"task": "a", "value": 3}, {"task": "b", "value": 2},
     ]  # fmt: skip
+
+
+def test_runs_beside_each_other_keep_their_own_lr(tmp_path: Path) -> None:
+    paths = []
+    for lr in (0.1, 0.2):
+        recipe = replace(bench_tasks.TUNED, lr=lr)
+        paths.append(Path(bench_tasks.deepspeed_json(tmp_path, recipe, f"run-{lr:g}")))
+    assert [json.loads(path.read_text())["optimizer"]["params"]["lr"] for path in paths] == [0.1, 0.2]
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
