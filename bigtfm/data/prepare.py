@@ -71,6 +71,8 @@ class Summary:
     identity: str  # of the tokenizer
     splits: dict[str, Counts] = field(default_factory=dict)
     empty_documents: int = 0  # left out; of a task, also rows that became no example
+    dropped: int = 0  # by filters
+    longest: int = 0  # examples that take as many tokens as one may have
     seconds: float = 0.0
     existing: bool = False
     task: str | None = None
@@ -89,6 +91,10 @@ class Summary:
         if self.empty_documents:
             empty = counted(self.empty_documents, "empty document" if self.task is None else "row")
             parts.append(f"{empty}{'' if self.task is None else ' without an example'} left out")
+        if self.dropped:
+            parts.append(f"{counted(self.dropped, noun)} dropped, see {filters_report.NAMES[1]}")
+        if self.longest:
+            parts.append(f"{counted(self.longest, noun)} as long as --max-tokens allows")
         if self.labels:
             parts.append(counted(self.labels, "label"))
         done = "was there already" if self.existing else f"prepared in {self.seconds:.1f} s"
@@ -190,6 +196,7 @@ def prepare(
         if wanted is not None:
             options["filters"] = wanted.identity
         plan = {"inputs": list(map(_name, inputs)), "sources": _fingerprint(sources), "options": options}
+        plan = json.loads(json.dumps(plan))  # as it is read again: a tuple is a list
         if is_finished(out, plan, force):
             if shard is None:
                 shutil.rmtree(work)
@@ -200,7 +207,7 @@ def prepare(
                 continue_or_start(work, plan, force, alone=shard is None)
             workers = workers or _cores()
             documents = task.texts if task is not None else partial(read_documents, reading=reading)
-            filtering = None
+            filtering, dropped = None, dict[str, Any](dropped={})
             if wanted is not None:
                 filtering = Filtering(work / "filtered", wanted, reading, task)
                 dropped = filter_units(filtering, units, range(number, len(units), of), workers, report)
@@ -219,11 +226,10 @@ def prepare(
             )
             if shard is not None:
                 records = _records(job, units, range(number, len(units), of), workers, report, None)
-                empty = sum(record.empty_documents for record in records)
                 return Summary(
-                    out, model.kind, model.vocab_size, model.identity, _totals(records), empty,
-                    time.monotonic() - started, task=task.format.name if task is not None else None,
-                    shard=shard,
+                    out, model.kind, model.vocab_size, model.identity, _totals(records),
+                    *_left_out(records, dropped), seconds=time.monotonic() - started,
+                    task=task.format.name if task is not None else None, shard=shard,
                 )  # fmt: skip
             records, folders = _tokenise(job, units, workers, _names(inputs), report)
             header = _join(
@@ -232,8 +238,7 @@ def prepare(
             if filtering is not None:
                 filters_report.write(dropped, work / "final")
         publish(out, work, header, plan)
-        empty = sum(record.empty_documents for record in records)
-        return _describe(TokenDataset.open(out), started, empty_documents=empty, existing=False)
+        return _describe(TokenDataset.open(out), started, _left_out(records, dropped))
 
 
 def _check_options(
@@ -386,6 +391,7 @@ def _tokenise(
         if job.task.format.name == "chat":
             what = f"{what}: none has a turn of the assistant that fits"
             fix = "check --input, --column, --max-tokens and the roles: user, assistant, system, tool"
+        shutil.rmtree(job.units, ignore_errors=True)  # nothing that a corrected command would have to respect
         raise DataProblem(what, where=where, fix=fix)
     if not documents:
         raise DataProblem("no text in the input", where=where, fix="check --input and --text-column")
@@ -467,9 +473,17 @@ def _join(
     return seal(header)
 
 
-def _describe(
-    dataset: TokenDataset, started: float, *, empty_documents: int = 0, existing: bool = True
-) -> Summary:
+def _left_out(records: Sequence[Record], dropped: dict[str, Any]) -> tuple[int, int, int]:
+    """What a summary says of it: empty documents, dropped ones, examples of the greatest length."""
+    return (
+        sum(record.empty_documents for record in records),
+        sum(each["documents"] for each in dropped["dropped"].values()),
+        sum(record.longest for record in records),
+    )
+
+
+def _describe(dataset: TokenDataset, started: float, left_out: tuple[int, int, int] | None = None) -> Summary:
+    """left_out: None where the data set was there already."""
     header = dataset.header
     splits = {
         str(name): Counts(s.documents, s.tokens, s.bytes, s.max_id) for name, s in header.splits.items()
@@ -480,9 +494,9 @@ def _describe(
         header.vocab_size,
         header.tokenizer.identity,
         splits,
-        empty_documents,
+        *(left_out or (0, 0, 0)),
         time.monotonic() - started,
-        existing,
+        left_out is None,
         header.task.name if header.task is not None else None,
         len(header.task.labels) if header.task is not None else 0,
     )

@@ -70,6 +70,7 @@ class Record:
     splits: dict[str, Counts]
     empty_documents: int = 0  # also rows that a task leaves out
     smallest_hash: int = 2**64
+    longest: int = 0  # examples of as many tokens as a task allows
 
     @classmethod
     def parse(cls, text: bytes) -> Record:
@@ -170,6 +171,7 @@ def _examples(
         split = "validation" if number < threshold or number == chosen else "train"
         for example in made:
             assert len(example.ids) <= task.max_tokens, "the format keeps to the reader's max_tokens"
+            record.longest += len(example.ids) == task.max_tokens
             yield split, example
 
 

@@ -130,9 +130,14 @@ def _difference(made: Any, plan: dict[str, Any]) -> str:
     if not isinstance(made, dict):
         return "it can't be told which"
     old, new = {**made, **made.get("options", {})}, {**plan, **plan["options"]}
-    for key in ("inputs", *plan["options"]):
-        if old.get(key) != new[key]:
-            return f"{key} was {old.get(key)}, is {new[key]}"
+    for key in ("inputs", *{**made.get("options", {}), **plan["options"]}):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            key = next((each for each in was.keys() | now.keys() if was.get(each) != now.get(each)), key)
+            was, now = was.get(key, was), now.get(key, now)
+        if was != now:
+            was, now = ("none" if value is None else value for value in (was, now))
+            return f"{key} was {was}, is {now}"
     return "the input files have changed since"
 
 

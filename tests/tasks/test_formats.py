@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from bigtfm.config.problems import ConfigProblem, DataProblem
 from bigtfm.data.examples import Example, Reader, Wrong
 from bigtfm.data.indexed import TokenDataset
 from bigtfm.data.labels import require_learnable
-from bigtfm.data.prepare import prepare
+from bigtfm.data.prepare import Summary, prepare
 from bigtfm.data.tokenizer import Tokenizer, load_tokenizer
 from bigtfm.tasks import chat, question_answering
 from bigtfm.tasks.known import TASKS, setting_of
@@ -301,6 +302,48 @@ def test_rows_that_become_no_example_are_counted(tmp_path: Path, tiny_data: Path
                    tokenizer=tiny_data / "tokenizer", validation_fraction=0, progress=False)  # fmt: skip
     assert made.splits["train"].documents == 2
     assert "1 row without an example left out" in made.line
+
+
+def test_a_command_may_be_repeated_sharded_and_corrected(tmp_path: Path, tiny_data: Path) -> None:
+    rows = [f"film {number} was {'fine' if number % 2 else 'dull'}\t{number % 2}" for number in range(20)]
+    source, out = lines(tmp_path / "films.tsv", "text\tlabel", *rows), tmp_path / "out"
+
+    def made(out: Path, max_tokens: int = 64, **more: Any) -> Summary:
+        setting = setting_of("classification", labels="0,1", max_tokens=max_tokens)
+        return prepare([source], out, tokenizer=tiny_data / "tokenizer", task=setting, progress=False,
+                       validation_fraction=0, unit_bytes=200, **more)  # fmt: skip
+
+    first = made(out)
+    assert "was there already" not in first.line
+    assert "as long as --max-tokens allows" not in first.line
+    assert "was there already" in made(out).line
+    with pytest.raises(DataProblem, match=re.escape("(max_tokens was 64, is 8)")):
+        made(out, max_tokens=8)
+    assert "20 examples as long as --max-tokens allows" in made(out, max_tokens=8, force=True).line
+    shards = [made(tmp_path / "shards", shard=f"{number}/2") for number in range(2)]
+    assert sum(shard.splits["train"].documents for shard in shards) == 20
+    assert made(tmp_path / "shards").splits["train"].tokens == first.splits["train"].tokens
+
+
+def test_a_command_that_made_no_example_is_in_nobodys_way(tmp_path: Path, tiny_data: Path) -> None:
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Nobody at all."}]
+    source = lines(tmp_path / "chat.jsonl", json.dumps({"messages": turns}))
+
+    def made(max_tokens: int) -> Summary:
+        return prepare([source], tmp_path / "out", tokenizer=tiny_data / "tokenizer", progress=False,
+                       task=setting_of("chat", max_tokens=max_tokens), validation_fraction=0)  # fmt: skip
+
+    with pytest.raises(DataProblem, match="no row became an example"):
+        made(8)
+    assert made(128).splits["train"].documents == 1
+
+
+def test_an_evaluation_set_without_rows_is_none(tmp_path: Path, tiny_data: Path) -> None:
+    source = lines(tmp_path / "films.tsv", "text\tlabel", "fine\tgood", "dull\tbad")
+    (tmp_path / "test.tsv").touch()
+    with pytest.raises(DataProblem, match=r"test\.tsv: has nothing to keep out"):
+        prepare([source], tmp_path / "out", tokenizer=tiny_data / "tokenizer", progress=False, workers=1,
+                task=setting_of("classification"), exclude=[str(tmp_path / "test.tsv")])  # fmt: skip
 
 
 def test_labels_that_can_be_learnt() -> None:

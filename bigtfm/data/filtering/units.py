@@ -172,6 +172,12 @@ class Judge:
         self._ngrams, self._whole = None, set[str]()
         if filters.contamination is not None:
             texts = list(filtering.evaluation_texts())
+            if not texts:
+                raise DataProblem(
+                    "has nothing to keep out of the data",
+                    where=", ".join(filters.contamination.files),
+                    fix="name the evaluation sets in --exclude, or leave it out",
+                )
             self._ngrams = Ngrams(texts, filters.contamination.ngram)
             if filtering.task is not None:  # rows may have few words
                 self._whole = {" ".join(words_of(text)) for text in texts}
