@@ -102,14 +102,12 @@ def refuse_changes(
     """Raises ConfigProblem when a run would go on as another one than was saved, and names every part."""
     parts = [part for part, value in now.items() if saved.get(part) != value and part not in allow]
     if parts:
-        changes = (first_change(part, saved.get(part), now[part]) for part in parts)
+        changes = [first_change(part, saved.get(part), now[part]) for part in parts]
         said = [f"{name} was {brief(before)} when this run was saved and is {brief(value)} now"
                 for name, before, value in changes]  # fmt: skip
-        raise ConfigProblem(
-            "; ".join(said),
-            where=str(where),
-            fix=f"{undo}, or accept the change with resume.allow={','.join(parts)}",
-        )
+        accept = f", or accept the change with resume.allow={','.join(parts)}"
+        fits = not any(name.removeprefix("model.") in SHAPE for name, *_ in changes)
+        raise ConfigProblem("; ".join(said), where=str(where), fix=f"{undo}{accept if fits else ''}")
 
 
 def first_change(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
@@ -126,6 +124,9 @@ def brief(value: Any) -> Any:
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
+# Of a model: no weights that were saved would fit another.
+SHAPE = ("family", "hidden_size", "num_layers", "num_decoder_layers", "num_kv_heads", "head_size",
+         "ffn_hidden_size", "vocab_size", "num_labels")  # fmt: skip
 # Of a model whose weights a fresh run takes over:
 FREE_TO_CHANGE = ("dropout", "attention_dropout", "init_std")
 HEADS = ("lm_head.", "mlm_head.", "next_sentence.", "task_head.")  # these differ where the objectives do

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bigtfm.config.problems import ConfigProblem, did_you_mean, shown
-from bigtfm.config.sections import ModelSection
+from bigtfm.config.sections import ModelSection, Objective
 from bigtfm.huggingface.architectures import ARCHITECTURES
 from bigtfm.huggingface.mapping import Architecture, Config, Head, Key
 from bigtfm.run_directory import finding
@@ -182,14 +182,21 @@ def _same(name: str, ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def fitting(section: ModelSection) -> Architecture:
-    """The first architecture that expresses the model.
+def fitting(section: ModelSection, objective: Objective | None = None) -> Architecture:
+    """The first architecture that expresses the model; the closest is one with the objective's head.
 
     Raises:
         ConfigProblem: there is none; the line names the keys that stand in the way of the closest.
     """
     family = [item for item in ARCHITECTURES.values() if item.fixed["family"] == section.family]
-    closest = min(family, key=lambda architecture: len(misfits(section, architecture)))
+    headed = [item for item in family if isinstance(item.heads.get(objective or ""), Head)]
+
+    def distance(architecture: Architecture) -> int:
+        return len(misfits(section, architecture))
+
+    closest = min(family, key=distance)
+    if headed and distance(closest):
+        closest = min(headed, key=distance)
     require_fit(
         section, closest, f"no Hugging Face architecture has this shape; {closest.model_type}, the closest,"
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from bigtfm.config.optional import quietly
 from bigtfm.config.problems import NoCheckpoint
 from bigtfm.config.run import RunConfig
-from bigtfm.config.sections import HEADED, ModelSection, ObjectiveSection
+from bigtfm.config.sections import HEADED, ModelSection, Objective, ObjectiveSection
 from bigtfm.data.special import special_ids
 from bigtfm.data.tokenizer import Tokenizer
 from bigtfm.engine import weights
@@ -61,7 +61,7 @@ def export_hf(
     with made_whole(out) as building:
         _require_whole(saved)
         original = _original(run_dir)
-        target = _target(architecture, original, section.model_copy(update={"num_labels": None}))
+        target = _target(architecture, original, section.model_copy(update={"num_labels": None}), kind)
         if kind in HEADED:
             target, head = hf_config.headed(target, kind)
         if original.get("model_type") != target.model_type:
@@ -127,9 +127,9 @@ def _original(run_dir: Path) -> Config:
     return {key: value for key, value in original.items() if key not in _NOT_KEPT}
 
 
-def _target(asked: str | None, original: Config, section: ModelSection) -> Architecture:
+def _target(asked: str | None, original: Config, section: ModelSection, objective: Objective) -> Architecture:
     if asked is None and not original:
-        return hf_config.fitting(section)
+        return hf_config.fitting(section, objective)
     if asked is None:
         target = hf_config.architecture_of(original)
     else:

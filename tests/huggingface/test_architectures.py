@@ -366,6 +366,15 @@ def test_shape_that_no_architecture_has(changes: dict[str, Any], words: str) -> 
         hf_config.fitting(ModelSection(**changes))
 
 
+def test_the_closest_of_a_task_s_model_has_its_head() -> None:
+    default = ModelSection(family="bert")
+    with pytest.raises(ConfigProblem, match="modernbert, the closest"):
+        hf_config.fitting(default)
+    with pytest.raises(ConfigProblem, match="bert, the closest") as caught:
+        hf_config.fitting(default, "classification")
+    assert "modernbert" not in caught.value.line
+
+
 def test_unknown_architecture_is_guessed() -> None:
     with pytest.raises(ConfigProblem, match="did you mean 'llama'"):
         hf_config.architecture_named("lama")

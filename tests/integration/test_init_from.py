@@ -80,9 +80,11 @@ def test_a_head_without_gradient_stays_as_it_was(source: Path) -> None:
 def test_another_model_is_refused(source: Path, tiny_data: Path) -> None:
     said = refused(source, tiny_data, "run.init_from=runs/source", "model.norm=layernorm")
     assert "model.norm was rmsnorm when this run was saved and is layernorm now" in said
+    assert "or accept the change with resume.allow=model" in said
     assert "runs/source/run.toml" in said
     said = refused(source, tiny_data, "run.init_from=runs/source", "model.num_layers=3")
     assert "model.num_layers was 2" in said
+    assert "resume.allow" not in said
     allowed = ["resume.allow=model", "model.num_layers=3"]
     said = refused(source, tiny_data, "run.init_from=runs/source", *allowed)
     assert "the checkpoint has no encoder.layers.2" in said
