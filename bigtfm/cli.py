@@ -711,8 +711,12 @@ def compress(
     from dataclasses import asdict
 
     from bigtfm.compression.command import compress as run
+    from bigtfm.console import at_work
 
-    report = run(run_dir, out, method, share=share, group_size=group_size, data=data, eval_tokens=eval_tokens)
+    with at_work("compressing, and measuring both"):
+        report = run(
+            run_dir, out, method, share=share, group_size=group_size, data=data, eval_tokens=eval_tokens
+        )
     if as_json:
         print(json.dumps(asdict(report)))
     else:

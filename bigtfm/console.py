@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
@@ -229,6 +229,14 @@ def progress_bar(label: str, on: bool = True) -> Iterator[Callable[[int, int], N
     with Progress(console=console, transient=True, disable=not (on and console.is_terminal)) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def at_work(label: str, on: bool = True) -> Iterator[None]:
+    """On stderr, if that is a terminal: what is being done, where nobody knows for how long."""
+    console = Terminal(stderr=True)
+    with console.status(label) if on and console.is_terminal else nullcontext():
+        yield
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigtfm.config.optional import quietly
 from bigtfm.config.problems import DataProblem, NumericsProblem
+from bigtfm.console import at_work
 from bigtfm.huggingface.files import read_json, said
 from bigtfm.model.attention import Documents
 from bigtfm.model.bert import BERT
@@ -71,7 +72,8 @@ def require_parity(model: LanguageModel, folder: Path, name: str) -> Parity:
         DataProblem: transformers can't load or run it.
         NumericsProblem: an output differs by more than 1e-5 x max(1, the largest of theirs).
     """
-    parity = measure(model, folder, name)
+    with at_work("comparing with transformers"):
+        parity = measure(model, folder, name)
     if not parity.difference <= parity.allowed:  # NaN is no parity
         raise NumericsProblem(
             f"our model and transformers' disagree: {parity}",

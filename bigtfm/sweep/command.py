@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bigtfm.bench.results import append
 from bigtfm.config.problems import ConfigProblem, Problem, StorageProblem
+from bigtfm.console import progress_bar
 from bigtfm.mlflow_sender import read_json, write_json
 from bigtfm.resilience.claim import claim
 from bigtfm.resilience.outcome import FAILURE
@@ -40,11 +41,12 @@ def sweep(file: Path, out: Path, *, jobs: int = 1, as_json: bool = False, start:
         RequeueRequested: a signal asked to stop; the same command goes on.
     """
     study, terminal = _study(file, out), Console(stderr=as_json, soft_wrap=True, markup=False)
-    for row in run_sweep(study, jobs, start):
-        if as_json:
-            print(json.dumps(row), flush=True)
-        else:
-            terminal.print(line_of(study, row), highlight=False, markup=False)
+    with progress_bar("steps of the trials that run") as tell:
+        for row in run_sweep(study, jobs, start, tell):
+            if as_json:
+                print(json.dumps(row), flush=True)
+            else:
+                terminal.print(line_of(study, row), highlight=False, markup=False)
     _report(study, terminal, as_json)
 
 

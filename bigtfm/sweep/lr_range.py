@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from bigtfm.config.deepspeed import load_deepspeed_json
 from bigtfm.config.problems import ConfigProblem, NumericsProblem, Problem
 from bigtfm.config.run import load_run_config, to_toml
+from bigtfm.console import progress_bar
 from bigtfm.job import check_job
 from bigtfm.mlflow_sender import read_json, write_json
 from bigtfm.resilience.outcome import FAILURE
@@ -84,7 +85,8 @@ def lr_range(
         (gpus, threads), *_ = places(1, ranks)
         started = Ranks(*files, ranks, out / "logs", gpus, threads)
         try:
-            _watch(started, out)
+            with progress_bar("training") as told:
+                _watch(started, out, lambda taken: told(taken, steps))
         finally:
             started.kill()
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -125,8 +127,8 @@ def _write(
     return config, deepspeed
 
 
-def _watch(ranks: Ranks, out: Path) -> None:
-    """Until the range is run through or the loss is lost.
+def _watch(ranks: Ranks, out: Path, tell: Callable[[int], None]) -> None:
+    """Until the range is run through or the loss is lost. tell: hears how many steps were taken.
 
     Raises:
         Problem: it ended otherwise; its exit code is the run's.
@@ -134,6 +136,7 @@ def _watch(ranks: Ranks, out: Path) -> None:
     while (code := ranks.poll()) is None:
         time.sleep(_POLL)
         losses = _losses(out)
+        tell(len(losses))
         if lost_at(smoothed([loss for _, loss in losses])) is not None:
             ranks.kill()  # nothing of it is kept
             return

@@ -5,11 +5,12 @@ One JSON object a line in OUT/results.jsonl; what stands there already is not tr
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _POLL = 0.1  # seconds
 _SAVING = 120.0  # seconds that trials have to save when the sweep is asked to stop
 _DYING = 60.0  # seconds that a trial which a killed sweep has left has to end
 _AGAIN = "start the same command again: it goes on"
+_TAIL = 1 << 14  # bytes: some lines of metrics
 _STARTS = 3  # of a trial that somebody else stops again and again
 
 
@@ -55,8 +57,12 @@ def known_results(study: Study) -> dict[Work, float | None]:
     return {(row["trial"], row["rung"]): row["value"] for row in read_rows(study.out / RESULTS)}
 
 
-def run_sweep(study: Study, jobs: int, start: Start = Ranks) -> Iterator[Row]:
+def run_sweep(
+    study: Study, jobs: int, start: Start = Ranks, tell: Callable[[int, int], None] = lambda *_: None
+) -> Iterator[Row]:
     """Trains what is due, `jobs` trials at a time, and yields each row once it is on the disk.
+
+    tell: hears of the trials that run how many steps they have taken, and of how many.
 
     Raises:
         ConfigProblem: another sweep, or a training that is none of its own, is at work there; or a trial's
@@ -90,6 +96,7 @@ def run_sweep(study: Study, jobs: int, start: Start = Ranks) -> Iterator[Row]:
                         return
                     ended = _ended(running)
                     if ended is None:
+                        tell(*_steps(study, running))
                         time.sleep(_POLL)
                         continue
                     work, code = ended
@@ -135,6 +142,22 @@ def _ended(running: dict[Work, _Running]) -> tuple[Work, int] | None:
         if code is not None:
             return work, code
     return None
+
+
+def _steps(study: Study, running: Collection[Work]) -> tuple[int, int]:
+    """Taken by these trials, and of how many."""
+    taken = sum(_last_step(study.folder(trial) / "metrics.jsonl") for trial, _ in running)
+    return taken, sum(study.rungs[rung] for _, rung in running)
+
+
+def _last_step(metrics: Path) -> int:
+    """Of a training that goes on: its log may be long, and its last line unfinished."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            return int(json.loads(file.read().rsplit(b"\n", 2)[-2])["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def _save(running: dict[Work, _Running], signals: list[int]) -> None:

@@ -279,6 +279,24 @@ def test_a_full_disk_is_no_result(space: Write, tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out") == {}
 
 
+def test_steps_of_what_runs_are_told(space: Write, tmp_path: Path) -> None:
+    """Two trials at a time; a line that is being written is no step yet."""
+    told: list[tuple[int, int]] = []
+
+    class Slow(Ending):
+        def __init__(self, config: Path, *more: Any) -> None:
+            super().__init__(config, *more)
+            (config.parent / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n{"step": 4')
+
+        def poll(self) -> int | None:
+            return 70 if told else None
+
+    file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 5")
+    study = Study(load_sweep(file), tmp_path / "out")
+    assert len(list(run_sweep(study, 2, Slow, lambda *steps: told.append(steps)))) == 2
+    assert told[0] == (6, 10)
+
+
 def test_a_second_ctrl_c_does_not_wait_for_trials(space: Write, tmp_path: Path) -> None:
     class Deaf(Ending):
         ends: list[str] = []  # noqa: RUF012
