@@ -160,6 +160,8 @@ def resume(job: Job, engine: Any, ranks: Ranks) -> tuple[Progress, Probe | None]
         if job.run.run.init_from is not None:
             path, heads = starting_point(job, now, ranks)
             loading.start_from(path, engine, heads)
+            if ranks.rank == 0:
+                print(f"begins with the weights of {path}{' and a fresh head' if heads else ''}")
         if job.run.run.vectors is not None:
             begin_with_vectors(job, job.run.run.vectors, engine, ranks)
         return Progress(identity=now), fresh_probe(job, ranks)

@@ -79,14 +79,26 @@ def export_hf(
         name = config["architectures"][0]
         parity = compared(newest, section, vocab_size, building, name, compare, objective)
 
-    auto = "AutoModel" if head is None else f"AutoModelFor{name.partition('For')[2]}"
     return lines(
         exported=f"{name} from {newest.name}, {count(weights.weight_shapes(newest))} parameters",
         zero=f"{some(zeros)}, which the run has not" if zeros else "",
         tokenizer=note,
         compared=parity,
-        next=f"transformers.{auto}.from_pretrained({str(out)!r})",
+        next=f"transformers.{_auto_class(name)}.from_pretrained({str(out)!r})",
     )
+
+
+def _auto_class(name: str) -> str:
+    """The class of transformers that loads a model of class `name` with its head."""
+    for end, of in (
+        ("LMHeadModel", "CausalLM"),
+        ("ForConditionalGeneration", "Seq2SeqLM"),
+        ("MTModel", "Seq2SeqLM"),
+    ):
+        if name.endswith(end):
+            return f"AutoModelFor{of}"
+    _, has_head, of = name.partition("For")
+    return f"AutoModel{has_head}{of}"
 
 
 def _labels(run_dir: Path, section: ModelSection) -> Config:

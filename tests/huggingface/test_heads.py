@@ -190,6 +190,26 @@ def test_a_bias_that_is_lost_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("BertForMaskedLM", "AutoModelForMaskedLM"),
+        ("BertForPreTraining", "AutoModelForPreTraining"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("MarianMTModel", "AutoModelForSeq2SeqLM"),
+        ("BertForTokenClassification", "AutoModelForTokenClassification"),
+        ("BertModel", "AutoModel"),
+    ],
+)
+def test_the_class_that_loads_it_with_its_head(name: str, auto: str) -> None:
+    import transformers
+
+    assert export_module._auto_class(name) == auto
+    assert hasattr(transformers, auto)
+
+
 def test_a_model_with_a_head_is_refused_by_import(tuned: Callable[[str, str], Path], tmp_path: Path) -> None:
     export_hf(tuned("bert", "tagging"), tmp_path / "out")
     assert load_tokenizer(tmp_path / "out").vocab_size == 320
