@@ -176,7 +176,9 @@ def lay_out(job: Job) -> None:
         )
     else:
         _copy(job.config_path, folder / "run.toml")
-    _copy(job.deepspeed.path, folder / "deepspeed.json")
+    kept = folder / "deepspeed.json"
+    if job.deepspeed.path.resolve() != kept.resolve():
+        kept.write_bytes(job.deepspeed.text.encode())  # as it was read: the file may have changed since
     resolved = {
         **asdict(job.resolved),
         "unigram_bits_per_byte": unigram_bits_per_byte(job.dataset)

@@ -1,16 +1,19 @@
-"""A run of an earlier version goes on: keys that it did not know yet have their defaults."""
+"""What a run directory says of its run; one of an earlier version goes on, with the defaults of later keys."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
 
 from bigtfm.config.problems import ConfigProblem
 from bigtfm.config.sections import ModelSection, ObjectiveSection, TuneSection
-from bigtfm.run_directory import refuse_changes, saved_identity
+from bigtfm.job import check_job
+from bigtfm.run_directory import lay_out, refuse_changes, saved_identity
 
 
 def identity(tune: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
@@ -34,3 +37,15 @@ def test_what_came_later_is_no_change_until_it_is_set() -> None:
     with pytest.raises(ConfigProblem, match=r"recipe.tune.lora_rank was 0 .* and is 8 now"):
         refuse_changes(saved, identity(hidden_size=96, tune={"lora_rank": 8}), (), Path("run"))
     assert "num_labels" not in old["model"], "what was read stays as it is"
+
+
+def test_a_run_keeps_the_files_that_it_was_started_with(
+    deepspeed_json: Callable[..., Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Also where another start has written the JSON anew since it was read."""
+    path = deepspeed_json(stage=1)
+    before = path.read_bytes()
+    job = check_job(None, path, [*TINY, "steps=4", f"data.path={tiny_data}", f"run.dir={tmp_path}"], 1)
+    deepspeed_json(stage=2)
+    lay_out(job)
+    assert (job.run.run_dir / "deepspeed.json").read_bytes() == before != path.read_bytes()
