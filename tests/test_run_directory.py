@@ -1,4 +1,4 @@
-"""What a run directory says of its run; one of an earlier version goes on, with the defaults of later keys."""
+"""What a run directory says of its run; an earlier version's goes on, with the defaults of later keys."""
 
 from __future__ import annotations
 
