@@ -307,6 +307,7 @@ def test_a_second_ctrl_c_does_not_wait_for_trials(space: Write, tmp_path: Path) 
 
     began = time.monotonic()
     file = space('"optimizer.params.lr" = [1e-3, 3e-3]', "trials = 2\nsteps = 2")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(Interrupted, match="stopped by SIGINT; not every trial that ran has saved"):
         sweep(file, tmp_path / "out", start=Deaf)
     assert Deaf.ends == ["asked", "killed"]
