@@ -22,6 +22,7 @@ from bigtfm.data.indexed import HEADER_NAME, TOKENIZER_FOLDER
 from bigtfm.data.sources import READ_BYTES, Source
 from bigtfm.data.units import SPLITS, write_synced
 from bigtfm.data.workers import STORAGE_FIX
+from bigtfm.whole_files import flush_directory
 
 WORK_FOLDER = ".prepare"
 LABELS = "labels.json"  # of a task's rows
@@ -153,16 +154,8 @@ def publish(out: Path, work: Path, header: bytes, plan: dict[str, Any]) -> None:
     for new in sorted((work / "final").iterdir()):
         new.rename(out / new.name)
     write_synced(out / PLAN_NAME, json.dumps(plan).encode())
-    _sync_folder(out)
+    flush_directory(out)
     write_synced(work / HEADER_NAME, header)
     (work / HEADER_NAME).rename(out / HEADER_NAME)
-    _sync_folder(out)
+    flush_directory(out)
     shutil.rmtree(work)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
