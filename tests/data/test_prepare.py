@@ -478,8 +478,14 @@ def start(source, out, **options):
 
 
 def wait_for_units(process, out, number):
-    while len(list(out.glob(".prepare/units/*/record.json"))) < number and process.poll() is None:
+    while len(finished_units(out)) < number and process.poll() is None:
         time.sleep(0.01)
+
+
+def finished_units(out):
+    """Their records; a folder that is not finished has a dot in its name."""
+    records = out.glob(".prepare/units/[0-9]*/record.json")
+    return [path for path in records if "." not in path.parent.name]
 
 
 def test_killed_and_continued(tmp_path):
@@ -488,7 +494,6 @@ def test_killed_and_continued(tmp_path):
     options = {"unit_bytes": 128 * KIB, "vocab_size": 400}
     prepare([str(source)], tmp_path / "whole", workers=2, **options)
     out = tmp_path / "killed"
-    finished = out / ".prepare" / "units"
     for wanted in (2, 10):  # twice: a continued run is killed as well
         process = start(source, out)
         wait_for_units(process, out, wanted)
@@ -499,11 +504,7 @@ def test_killed_and_continued(tmp_path):
             time.sleep(0.05)
         assert not session(process.pid)  # no worker outlives it
     problem(lambda: TokenDataset.open(out), "no finished data set")
-    kept = {
-        path: path.stat().st_mtime_ns
-        for path in finished.glob("[0-9]*/record.json")
-        if "." not in path.parent.name
-    }
+    kept = {path: path.stat().st_mtime_ns for path in finished_units(out)}
     assert len(kept) >= 10
     (out / ".prepare" / "units" / "00000001" / "train.bin").write_bytes(b"cut short by a power loss")
     survivors = []
