@@ -208,6 +208,7 @@ def _require_picture(path: Path) -> None:
 
 def _write(picture: bytes, path: Path) -> None:
     try:
+        path.parent.resolve(strict=True)  # a folder with a typo in its name is not made
         with whole_file(path) as building:
             building.write_bytes(picture)
     except OSError as error:
