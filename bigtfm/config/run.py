@@ -7,6 +7,7 @@ schedule, clipping, ZeRO): those live there and only there. The defaults are the
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
@@ -365,6 +366,8 @@ def _finding(key: str, details: list[ErrorDetails]) -> tuple[str, str]:
         fix = f"write {value} without quotes"
     elif isinstance(value, float) and value.is_integer() and first["type"] == "int_type":
         fix = f"write {int(value)}"
+    elif close := get_close_matches(str(value), re.findall("'([^']*)'", expected), n=1):
+        fix = f"did you mean '{close[0]}'?"
     return f"{key} must be {expected}, not {shown(value)}", fix
 
 

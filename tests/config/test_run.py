@@ -70,7 +70,7 @@ def test_overrides(override: str, key: str, value: object) -> None:
         ("steps=abc", ["run.steps must be a valid integer"]),
         ("steps=true", ["run.steps must be a valid integer, not true"]),
         ("steps=-1", ["greater than or equal to 1, not -1"]),
-        ("recompute=ful", ["'none', 'full' or 'selective'", "integer"]),
+        ("recompute=ful", ["'none', 'full' or 'selective'", "integer", "did you mean 'full'?"]),
         ("recompute=0", ["greater than or equal to 1, not 0"]),
         ("hidden_size=100", ["not a multiple of model.num_attention_heads 6", "set hidden_size to 102"]),
         ("num_kv_heads=4", ["not a multiple of model.num_kv_heads 4", "1, 2, 3, 6"]),
