@@ -232,10 +232,10 @@ def progress_bar(label: str, on: bool = True) -> Iterator[Callable[[int, int], N
 
 
 @contextmanager
-def at_work(label: str, on: bool = True) -> Iterator[None]:
+def at_work(label: str) -> Iterator[None]:
     """On stderr, if that is a terminal: what is being done, where nobody knows for how long."""
     console = Terminal(stderr=True)
-    with console.status(label) if on and console.is_terminal else nullcontext():
+    with console.status(label) if console.is_terminal else nullcontext():
         yield
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bigtfm.config.problems import ConfigProblem, DataProblem, Problem
+from bigtfm.config.problems import ConfigProblem, DataProblem, Problem, first_change
 from bigtfm.data.indexed import HEADER_NAME
 from bigtfm.data.verification import Verification, large_files, share
 from bigtfm.engine import checkpoint, storage
@@ -20,7 +20,7 @@ from bigtfm.planner.parameters import checkpoint_bytes
 from bigtfm.planner.setting import Setting, setting_of
 from bigtfm.resilience import events, out_of_memory
 from bigtfm.resilience.lifeline import Lifeline, Restart
-from bigtfm.run_directory import brief, first_change, identity
+from bigtfm.run_directory import brief, identity
 
 
 def require_same_on_all(job: Job, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint
+from bigtfm.config.problems import ConfigProblem, DataProblem, NoCheckpoint, first_change
 from bigtfm.config.run import RunConfig
 from bigtfm.config.sections import DataSection, DistillSection, ModelSection, ObjectiveSection, TuneSection
 from bigtfm.data.indexed import TaskHeader, TokenDataset
@@ -110,14 +110,6 @@ def refuse_changes(
         raise ConfigProblem("; ".join(said), where=str(where), fix=f"{undo}{accept if fits else ''}")
 
 
-def first_change(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """The first value below `name` that differs, with its full name."""
-    while isinstance(now, dict) and isinstance(before, dict):
-        key = next(key for key in now | before if now.get(key) != before.get(key))
-        name, before, now = f"{name}.{key}", before.get(key), now.get(key)
-    return name, before, now
-
-
 def brief(value: Any) -> Any:
     if value is None:
         return "unset"
@@ -125,7 +117,7 @@ def brief(value: Any) -> Any:
 
 
 # Of a model: no weights that were saved would fit another.
-SHAPE = ("family", "hidden_size", "num_layers", "num_decoder_layers", "num_kv_heads", "head_size",
+SHAPE = ("family", "hidden_size", "num_layers", "num_decoder_layers", "num_kv_heads", "head_dim",
          "ffn_hidden_size", "vocab_size", "num_labels")  # fmt: skip
 # Of a model whose weights a fresh run takes over:
 FREE_TO_CHANGE = ("dropout", "attention_dropout", "init_std")

@@ -181,6 +181,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"use one of: {', '.join(known)}"
 
 
+def first_change(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first value below `name` that differs, with its full name."""
+    while isinstance(now, dict) and isinstance(before, dict):
+        key = next(key for key in now | before if now.get(key) != before.get(key))
+        name, before, now = f"{name}.{key}", before.get(key), now.get(key)
+    return name, before, now
+
+
 def counted(number: int, noun: str) -> str:
     """1 document, 2 documents."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem
+from bigtfm.config.problems import ConfigProblem, DataProblem, StorageProblem, first_change
 from bigtfm.data.filtering import report as filters_report
 from bigtfm.data.indexed import HEADER_NAME, TOKENIZER_FOLDER
 from bigtfm.data.sources import READ_BYTES, Source
@@ -132,13 +132,10 @@ def _difference(made: Any, plan: dict[str, Any]) -> str:
         return "it can't be told which"
     old, new = {**made, **made.get("options", {})}, {**plan, **plan["options"]}
     for key in ("inputs", *{**made.get("options", {}), **plan["options"]}):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            key = next((each for each in was.keys() | now.keys() if was.get(each) != now.get(each)), key)
-            was, now = was.get(key, was), now.get(key, now)
-        if was != now:
-            was, now = ("none" if value is None else value for value in (was, now))
-            return f"{key} was {was}, is {now}"
+        if old.get(key) != new.get(key):
+            name, *values = first_change(key, old.get(key), new.get(key))
+            was, now = ("none" if value is None else value for value in values)
+            return f"{name.rpartition('.')[2]} was {was}, is {now}"
     return "the input files have changed since"
 
 

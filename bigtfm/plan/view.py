@@ -44,12 +44,10 @@ def _rows(plan: Planned) -> dict[str, str]:
         if size := getattr(memory, name):
             rows[f"  {name}"] = f"{size_text(size)}  {size / memory.peak:.1%}"
     if memory.host or memory.nvme:
-        ranks, places = (
-            min(target.ranks, target.gpus_per_node),
-            {"host memory": memory.host, "NVMe": memory.nvme},
-        )
+        ranks = min(target.ranks, target.gpus_per_node)
+        places = {"host memory": memory.host, "files on NVMe": memory.nvme}
         rows["  offloaded"] = ", ".join(
-            f"{size_text(size)} in {name.replace('NVMe', 'files on NVMe')} ({size_text(ranks * size)} a node)"
+            f"{size_text(size)} in {name} ({size_text(ranks * size)} a node)"
             for name, size in places.items()
             if size
         )
