@@ -39,6 +39,13 @@ def test_what_came_later_is_no_change_until_it_is_set() -> None:
     assert "num_labels" not in old["model"], "what was read stays as it is"
 
 
+@pytest.mark.parametrize(("key", "value", "offered"), [("activation", "gelu", True), ("head_dim", 8, False)])
+def test_a_change_of_shape_is_not_offered_to_be_accepted(key: str, value: Any, offered: bool) -> None:
+    with pytest.raises(ConfigProblem) as caught:
+        refuse_changes(identity(), identity(**{key: value}), (), Path("run"))
+    assert ("resume.allow=model" in caught.value.line) == offered
+
+
 def test_a_run_keeps_the_files_that_it_was_started_with(
     deepspeed_json: Callable[..., Path], tiny_data: Path, tmp_path: Path
 ) -> None:
